@@ -1,0 +1,138 @@
+// Element types of tensors, and rows of them to and from the type they are computed in.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace TOPN_NAMESPACE {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+constexpr int64_t element_bytes(DType dtype) {
+  return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2;
+}
+
+// Calls f with a null pointer to the element type.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::F32: return f(static_cast<float*>(nullptr));
+    case DType::F64: return f(static_cast<double*>(nullptr));
+    case DType::BF16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::F16: return f(static_cast<Float16*>(nullptr));
+  }
+}
+
+using Halves = Vector<uint16_t, width<float>>;
+using Words = Vector<uint32_t>;
+
+// A vector of floats from that many elements.
+TOPN_ALWAYS Floats load_real(const float* p) { return load<Floats>(p); }
+TOPN_ALWAYS Doubles load_real(const double* p) { return load<Doubles>(p); }
+TOPN_ALWAYS Floats load_real(const BFloat16* p) {
+  return (Floats)(__builtin_convertvector(load<Halves>(p), Words) << 16);
+}
+TOPN_ALWAYS Floats load_real(const Float16* p) {
+  const Words h = __builtin_convertvector(load<Halves>(p), Words);
+  const Words magnitude = (h & 0x7fffu) << 13;
+  // Times 2^112 moves the exponent's bias, and makes denormals normal on the way; infinity and NaN keep the top exponent.
+  const Floats moved = (Floats)magnitude * 5.192296858534828e33f;
+  const Words special = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : (Words)moved;
+  return (Floats)(special | ((h & 0x8000u) << 16));
+}
+
+// Rounds to nearest, ties to even.
+TOPN_ALWAYS void store_real(float* p, Floats v) { store(p, v); }
+TOPN_ALWAYS void store_real(double* p, Doubles v) { store(p, v); }
+TOPN_ALWAYS void store_real(BFloat16* p, Floats v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  store(p, __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, Halves));
+}
+TOPN_ALWAYS void store_real(Float16* p, Floats v) {
+  const Words bits = (Words)v;
+  const Words sign = (bits >> 16) & 0x8000u;
+  const Words magnitude = bits & 0x7fffffffu;
+  const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 0.5 leaves the half's denormal in the low bits, rounded by the addition.
+  const Words denormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
+  Words half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? Words{} + 0x7e00u : half;
+  store(p, __builtin_convertvector(half | sign, Halves));
+}
+
+template <class T>
+TOPN_ALWAYS RealOf<T> load_one(const T* p) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+    return *p;
+  } else {
+    T padded[width<float>] = {*p};
+    return load_real(padded)[0];
+  }
+}
+template <class T>
+TOPN_ALWAYS void store_one(T* p, RealOf<T> value) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+    *p = value;
+  } else {
+    T padded[width<float>];
+    store_real(padded, Floats{} + value);
+    *p = padded[0];
+  }
+}
+
+// The same values in another precision.
+TOPN_ALWAYS void convert(const Floats* from, int count, Doubles* to) {
+  for (int i = 0; i < count; ++i) {
+    const auto wide = __builtin_convertvector(from[i], Vector<double, width<float>>);
+    std::memcpy(to + 2 * i, &wide, sizeof wide);
+  }
+}
+
+// A row of `size` elements as vectors of R; entries past the end hold `rest`.
+template <class R, class T>
+TOPN_ALWAYS void load_row(const T* p, int size, R rest, Vector<R>* to) {
+  using Own = RealOf<T>;
+  constexpr int own = width<Own>;
+  if constexpr (std::is_same_v<R, Own>) {
+    int i = 0;
+    for (; i + own <= size; i += own) *to++ = load_real(p + i);
+    if (i < size) {
+      Vector<R> last = Vector<R>{} + rest;
+      for (int j = 0; i + j < size; ++j) last[j] = load_one(p + i + j);
+      *to = last;
+    }
+  } else {
+    constexpr int w = width<R>;
+    for (int i = 0; i < size; i += w) {
+      Vector<R> v = Vector<R>{} + rest;
+      for (int j = 0; j < w && i + j < size; ++j) v[j] = load_one(p + i + j);
+      to[i / w] = v;
+    }
+  }
+}
+
+// The first `size` values of a row.
+template <class R, class T>
+TOPN_ALWAYS void store_row(T* p, int size, const Vector<R>* from) {
+  using Own = RealOf<T>;
+  constexpr int w = width<R>;
+  int i = 0;
+  if constexpr (std::is_same_v<R, Own>) {
+    for (; i + w <= size; i += w) store_real(p + i, *from++);
+  }
+  for (; i < size; ++i) {
+    store_one(p + i, Own((*from)[i % w]));
+    if (i % w == w - 1) ++from;
+  }
+}
+
+}  // namespace TOPN_NAMESPACE

@@ -1,0 +1,13 @@
+#include "cpu/workspace.h"
+
+namespace topn_gating::cpu {
+
+int64_t gate_workspace(int64_t groups, int64_t tokens, int64_t experts) {
+  return (gate_group_sums(groups, tokens, experts) + 3 * groups) * int64_t(sizeof(double));
+}
+
+int64_t assign_workspace(int64_t groups, int64_t tokens, int64_t experts, int64_t top_n) {
+  return groups * assign_tiles(tokens, experts) * top_n * experts * int64_t(sizeof(int32_t));
+}
+
+}  // namespace topn_gating::cpu

@@ -1,0 +1,27 @@
+// How the kernels cut their work into tiles, and what memory that takes.
+//
+// Tile sizes do not depend on the number of threads, so sums over tiles come out the same for any.
+#pragma once
+
+#include "router.h"
+
+namespace topn_gating::cpu {
+
+constexpr int64_t kGateTile = 128;  // tokens
+
+inline int64_t gate_tiles(int64_t tokens) { return (tokens + kGateTile - 1) / kGateTile; }
+
+// Where gate's sums of whole groups (balance, z-loss, real tokens) lie, in doubles, behind those of its tiles.
+inline int64_t gate_group_sums(int64_t groups, int64_t tokens, int64_t experts) {
+  const int64_t tiles = groups * gate_tiles(tokens);
+  return tiles * (experts + 1) + (tiles * experts + 1) / 2;
+}
+
+// Tokens of assign's tiles: a tile's counters, k·e of them, must not outgrow its tokens.
+inline int64_t assign_tile(int64_t experts) { return experts > 512 ? experts : 512; }
+
+inline int64_t assign_tiles(int64_t tokens, int64_t experts) {
+  return (tokens + assign_tile(experts) - 1) / assign_tile(experts);
+}
+
+}  // namespace topn_gating::cpu

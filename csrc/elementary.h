@@ -1,0 +1,57 @@
+// Exponential and logarithm in float, on a SIMD vector or a scalar, the same bits on every backend but for contraction.
+#pragma once
+
+#ifdef __CUDACC__
+#define TOPN_INLINE __host__ __device__ __forceinline__
+#else
+#define TOPN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace TOPN_NAMESPACE {
+
+// exp(d + error) for d <= 0 (or NaN), where error is small against d: the rounding that d = s - max has lost. Within
+// 2 ulp down to the smallest denormal. Cody-Waite reduction, then the Taylor series to the 7th order, which is past
+// float's precision for |r| <= ln(2)/2.
+template <class V>
+TOPN_INLINE V exp_float(V d, V error) {
+  const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  error = d > -104.0f ? error : V{};
+  d = d < -104.0f ? V{} - 104.0f : d;
+  const V shifted = d * 1.44269504f + magic;
+  const V n = shifted - magic;
+  const V r = ((d - n * 0.693145752f) - n * 1.42860677e-6f) + error;
+  V p = V{} + 1.98412698e-4f;
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = (p * r) * r + r;
+  // 2^n in two factors, since 2^n itself may be denormal.
+  const auto exponent = as_int(shifted) - as_int(magic);
+  const auto half = exponent >> 1;
+  const V low = as_float((half + 127) << 23);
+  const V high = as_float((exponent - half + 127) << 23);
+  return ((p + 1.0f) * low) * high;
+}
+
+// Natural logarithm of a normal positive float, within 2 ulp: u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), then
+// log(1 + f) = 2 atanh(f / (2 + f)).
+template <class V>
+TOPN_INLINE V log_float(V u) {
+  const auto bits = as_int(u) - 0x3f3504f3;
+  const auto k = bits >> 23;
+  const V f = as_float((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  const V s = f / (f + 2.0f);
+  const V s2 = s * s;
+  V p = V{} + 0.2222222222f;  // 2/9
+  p = p * s2 + 0.2857142857f;
+  p = p * s2 + 0.4f;
+  p = p * s2 + 0.6666666667f;
+  const V half_f2 = f * f * 0.5f;
+  const V n = to_float(k);
+  // log(1 + f) = f - (f²/2 - s (f²/2 + s² p)): the order of the terms keeps the result exact to an ulp near 1.
+  return n * 0.693145752f + (f - (half_f2 - (s * (half_f2 + s2 * p) + n * 1.42860677e-6f)));
+}
+
+}  // namespace TOPN_NAMESPACE

@@ -1,0 +1,155 @@
+// The maths of one token, the same on every backend.
+//
+// A row is the e values of one token, spread over lanes: `lanes.count` values of type V, where V is a SIMD vector on the
+// CPU and a scalar of one thread on a GPU. `Lanes` says how they are spread and reduces across them:
+//
+//   V                     a vector of, or one, R (float or double)
+//   Key, R                the ordered integers of V's shape; the scalar type
+//   count                 values of type V in a row
+//   max(V), sum(V)        reductions over the lanes, in a fixed order
+//   index(i)              experts at value i, as Key
+//   max(Key), min(Key)
+//   at(const V*, j)       the entry of expert j
+//   drop(Key*, j)         sets the key of expert j below all others
+//
+// Entries past the last expert hold -inf as scores and so 0 as gates. Whoever includes this has declared, for V,
+// `exp_value(d, error)` (see elementary.h) and `log_value(u)`, and as_int, which gives a value's bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "elementary.h"
+
+namespace TOPN_NAMESPACE {
+
+template <class V>
+TOPN_INLINE V log_clamped(V u) {
+  const V least = V{} + 1e-20f;
+  return log_value(u < least ? least : u);
+}
+
+// SPEC step 3: standard Gumbel noise from a uniform number.
+template <class V>
+TOPN_INLINE V gumbel(V u) {
+  return -log_clamped(V(-log_clamped(u)));
+}
+
+// Integers in the order of the scores, for step 5: NaN above everything, -0 equal to 0.
+template <class Lanes>
+TOPN_INLINE typename Lanes::Key score_key(typename Lanes::V s) {
+  using Key = typename Lanes::Key;
+  using Int = typename Lanes::Int;
+  constexpr Int highest = std::numeric_limits<Int>::max();
+  const Key bits = as_int(typename Lanes::V(s + 0.0f));
+  const Key ordered = bits ^ ((bits >> (8 * sizeof(Int) - 1)) & highest);
+  return as_int_mask(s == s) ? ordered : Key{} + highest;
+}
+
+// The scores' maximum, and the logarithm of the sum of exp(score - max): their logsumexp in two parts.
+struct LogSumExp {
+  double max, log_sum;
+  TOPN_INLINE double value() const { return max + log_sum; }
+};
+
+// SPEC step 4, in place: scores become gates. Returns the logsumexp of the scores.
+template <class Lanes>
+TOPN_INLINE LogSumExp softmax(const Lanes& lanes, typename Lanes::V* s) {
+  using V = typename Lanes::V;
+  using R = typename Lanes::R;
+  V highest = s[0];
+  for (int i = 1; i < lanes.count; ++i) highest = s[i] > highest ? s[i] : highest;
+  const R max = lanes.max(highest);
+  V total{};
+  for (int i = 0; i < lanes.count; ++i) {
+    const V d = s[i] - max;
+    const V back = d - s[i];
+    const V lost = (s[i] - (d - back)) + (V{} - max - back);  // what the subtraction rounded away (Knuth's two-sum)
+    s[i] = exp_value(d, lost);
+    total += s[i];
+  }
+  const R sum = lanes.sum(total);
+  const R scale = R(1) / sum;
+  for (int i = 0; i < lanes.count; ++i) s[i] *= scale;
+  return {double(max), std::log(double(sum))};
+}
+
+// SPEC step 5: the experts of the top_n highest keys, ties to the lower index. Uses up the keys.
+template <class Lanes, class Chosen>
+TOPN_INLINE void stable_topn(const Lanes& lanes, typename Lanes::Key* keys, int top_n, const Chosen& chosen) {
+  using Key = typename Lanes::Key;
+  using Int = typename Lanes::Int;
+  for (int k = 0; k < top_n; ++k) {
+    Key best = keys[0];
+    Key where = lanes.index(0);
+    for (int i = 1; i < lanes.count; ++i) {
+      const auto higher = keys[i] > best;
+      best = higher ? keys[i] : best;
+      where = higher ? lanes.index(i) : where;
+    }
+    const Int top = lanes.max(best);
+    const Int expert = lanes.min(best == top ? where : Key{} + std::numeric_limits<Int>::max());
+    lanes.drop(keys, int(expert));
+    chosen(k, int(expert));
+  }
+}
+
+// Soft top-n by coordinate descent (SPEC; arXiv 1502.04759), on q = exp(p / ε).
+//
+// With A = exp(-a / ε) one iteration, a = ε (log K - logsumexp((p + b) / ε)) and b = -relu(p + a), is
+// A' = Σ min(q, A) / K, since p + b = min(p, -a); the start b = -p makes the first A = e / K. The result is
+// min(q / A, 1).
+struct SoftTopN {
+  static constexpr int iterations = 20;
+  static constexpr double epsilon = 0.1;
+  double k;
+  double cap[iterations];  // A after each iteration
+
+  template <class Lanes>
+  TOPN_INLINE SoftTopN(const Lanes& lanes, int experts, int top_n, typename Lanes::V* p) {
+    using V = typename Lanes::V;
+    static_assert(sizeof(typename Lanes::R) == sizeof(double), "the soft top-n is computed in double");
+    k = top_n * 9.0 / 8.0 < experts ? top_n * 9.0 / 8.0 : experts;
+    for (int i = 0; i < lanes.count; ++i) p[i] = lanes.real(i) ? exp_value(V(p[i] / epsilon), V{}) : V{};
+    cap[0] = experts / k;
+    for (int t = 1; t < iterations; ++t) {
+      const V least = V{} + cap[t - 1];
+      V total{};
+      for (int i = 0; i < lanes.count; ++i) total += p[i] > least ? least : p[i];
+      cap[t] = lanes.sum(total) / k;
+    }
+  }
+
+  TOPN_INLINE double score(double q) const { return q > cap[iterations - 1] ? 1.0 : q / cap[iterations - 1]; }
+
+  // In place of q: the gradient of p, from the gradients of the scores of the chosen experts.
+  template <class Lanes>
+  TOPN_INLINE void backward(const Lanes& lanes, typename Lanes::V* q, const int32_t* expert, const double* grad,
+                            int top_n, typename Lanes::V* grad_p) const {
+    using V = typename Lanes::V;
+    for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
+    double grad_log_cap = 0;
+    for (int j = 0; j < top_n; ++j) {
+      const double value = lanes.at(q, expert[j]);
+      if (value > cap[iterations - 1]) continue;
+      const double term = grad[j] * score(value);
+      lanes.add(grad_p, expert[j], term);
+      grad_log_cap -= term;
+    }
+    for (int t = iterations - 1; t > 0; --t) {
+      const V least = V{} + cap[t - 1];
+      const double scale = grad_log_cap / (k * cap[t]);
+      V capped{};
+      for (int i = 0; i < lanes.count; ++i) {
+        const auto over = q[i] > least;
+        grad_p[i] += over ? V{} : q[i] * scale;
+        capped += over ? V{} + 1.0 : V{};
+      }
+      grad_log_cap = scale * lanes.sum(capped) * cap[t - 1];
+    }
+    for (int i = 0; i < lanes.count; ++i) grad_p[i] /= epsilon;
+  }
+};
+
+}  // namespace TOPN_NAMESPACE

@@ -1,0 +1,27 @@
+// The importable module: importing it registers the operators (schema.cpp, cpu.cpp); by itself it tells of its build.
+#include <pybind11/pybind11.h>
+
+#include "router.h"
+
+#if defined(__clang__)
+#define TOPN_COMPILER "clang " __clang_version__
+#else
+#define TOPN_COMPILER "gcc " __VERSION__
+#endif
+
+namespace py = pybind11;
+
+static py::dict build_info() {
+  py::dict info;
+  info["compiler"] = TOPN_COMPILER;
+  info["torch"] = TOPN_BUILD_TORCH;  // the version that was built against; any later one runs it
+  info["cpu_level"] = topn_gating::cpu::kernels().level;
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = py::list();
+  return info;
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of topn_gating.";
+  m.def("build_info", &build_info, "How the extension was built and what it chose to run.");
+}

@@ -1,0 +1,110 @@
+// From torch's tensors to the kernels' pointers: the checks that keep memory safe, and no others. What a user can get
+// wrong is said in Python, before anything runs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "router.h"
+
+namespace topn_gating::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+inline Shape shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline DType dtype_of(const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return DType::F32;
+    case ScalarType::Double: return DType::F64;
+    case ScalarType::BFloat16: return DType::BF16;
+    case ScalarType::Half: return DType::F16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(type));
+  }
+}
+
+// The type that a type is computed in.
+inline ScalarType real(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// `shape` with its last `drop` sizes replaced by `last`.
+inline Shape with_last(const Shape& shape, size_t drop, std::initializer_list<int64_t> last) {
+  Shape result(shape.begin(), shape.end() - drop);
+  result.insert(result.end(), last);
+  return result;
+}
+
+inline int64_t product(const Shape& shape, size_t begin, size_t end) {
+  int64_t result = 1;
+  for (size_t i = begin; i < end; ++i) result *= shape[i];
+  return result;
+}
+
+inline Tensor make(const Tensor& like, const Shape& shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+// Checks an input against another tensor's device and the expected shape and type, and makes it contiguous.
+inline Tensor take(const char* name, const Tensor& t, const Tensor& like, const Shape& shape, ScalarType type) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  const auto device = t.device(), expected = like.device();
+  STD_TORCH_CHECK(device == expected, name, " must be on the device of the other arguments");
+  const auto sizes = t.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
+  STD_TORCH_CHECK(same, name, " has a shape that does not fit the other arguments");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline std::optional<Tensor> take(const char* name, const std::optional<Tensor>& t, const Tensor& like, const Shape& shape,
+                                  ScalarType type) {
+  if (!t.has_value()) return std::nullopt;
+  return take(name, *t, like, shape, type);
+}
+
+template <class T>
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t.has_value() ? pointer<T>(*t) : nullptr;
+}
+inline const void* pointer(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+template <class T>
+T* written(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+inline void* written(const Tensor& t) { return t.mutable_data_ptr(); }
+
+// The sizes of (…, n, k) beside (…, e[, C]).
+inline Assignment sizes_of(const char* name, const Tensor& expert, int64_t experts, int64_t capacity) {
+  const Shape shape = shape_of(expert);
+  STD_TORCH_CHECK(shape.size() >= 2, name, " must have shape (..., tokens, top_n)");
+  STD_TORCH_CHECK(experts >= 1, "num_gates must be at least 1, got ", experts);
+  STD_TORCH_CHECK(capacity >= 1 && capacity <= std::numeric_limits<int32_t>::max(), "capacity must be from 1 to 2^31 - 1, got ",
+                  capacity);
+  Assignment a{};
+  a.groups = product(shape, 0, shape.size() - 2);
+  a.tokens = shape[shape.size() - 2];
+  a.top_n = shape.back();
+  a.experts = experts;
+  a.capacity = capacity;
+  STD_TORCH_CHECK(a.top_n >= 1, "top_n must be at least 1, got 0");
+  STD_TORCH_CHECK(a.tokens <= std::numeric_limits<int32_t>::max() / a.top_n, "tokens * top_n must be below 2^31, got ", a.tokens,
+                  " * ", a.top_n);
+  return a;
+}
+
+}  // namespace topn_gating::binding

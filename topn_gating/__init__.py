@@ -1,0 +1,21 @@
+"""Mixture-of-Experts routing: top-n gating with capacity, exact, deterministic and fast, forward and backward."""
+
+from .gating import TopNGating
+from .moe import Experts, MixtureOfExpertsReturn, MoE
+from .ops import build_info
+from .routing import Routing, combine, dispatch, expert_capacity, route
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Experts",
+    "MixtureOfExpertsReturn",
+    "MoE",
+    "Routing",
+    "TopNGating",
+    "build_info",
+    "combine",
+    "dispatch",
+    "expert_capacity",
+    "route",
+]

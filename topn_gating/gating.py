@@ -1,0 +1,203 @@
+"""The gating module, drop-in for ``zeta.nn.TopNGating`` and ``st_moe_pytorch.TopNGating``."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .routing import (
+    Routing,
+    check_count,
+    check_floating,
+    check_positive,
+    check_top_n,
+    expert_capacity,
+    route,
+    threshold_per_rank,
+)
+from .ops import POLICIES
+
+
+class TopNGating(nn.Module):
+    r"""Sends each token to its best ``top_n`` experts.
+
+    ``forward`` returns the dense tensors that the peers return; :meth:`route` returns the same decision in the compact
+    form (:class:`topn_gating.Routing`), at linear cost: train on that.
+
+    Args:
+        dim: features of a token.
+        num_gates: number of experts.
+        eps: least denominator of weights and thresholds.
+        top_n: experts of a token, 1 to ``num_gates``. With 1 the weight is the raw probability (Switch Transformer,
+            arXiv 2101.03961).
+        threshold_train: rank ``k ≥ 1`` is routed with probability ``min(1, weight_k / threshold)``; a float, or one float
+            per rank from rank 1 on (a longer tuple is cut).
+        threshold_eval: the same in eval mode.
+        capacity_factor_train: an expert has ``n · factor / num_gates`` slots for a group of ``n`` tokens.
+        capacity_factor_eval: the same in eval mode.
+        straight_through_dispatch_tensor: the dispatch tensor passes its gradient on to the weights.
+        differentiable_topk: weights from a soft top-n by coordinate descent (arXiv 1502.04759, as CoLT5 uses it,
+            arXiv 2303.09752).
+        differentiable_topk_fused: computes it in one kernel; False composes it of torch operations. Same numbers.
+        min_expert_capacity: the least number of slots.
+        policy_train: ``"random"`` (as above), ``"threshold"`` (``weight_k > threshold``), ``"all"`` or ``"none"``.
+        policy_eval: the same in eval mode.
+        balance_on: ``"routed"``: the balance loss counts tokens before the capacity drop; ``"kept"``: after it, as the peers do.
+        router_dtype: type of the gate's matrix product, computed with autocast off; None leaves it to torch's rules.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a value out of its range.
+
+    Example::
+
+        >>> gate = TopNGating(dim=512, num_gates=16, top_n=2)
+        >>> x = torch.randn(4, 1024, 512)
+        >>> dispatch, combine, balance_loss, router_z_loss = gate(x)  # dense, as the peers
+        >>> routing = gate.route(x)                                   # compact
+        >>> expert_inputs = topn_gating.dispatch(x, routing)          # (4, 16, capacity, 512)
+        >>> y = topn_gating.combine(expert_inputs, routing)           # (4, 1024, 512)
+    """
+
+    threshold_train: Tensor
+    threshold_eval: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_gates: int,
+        eps: float = 1e-9,
+        top_n: int = 2,
+        threshold_train: float | tuple[float, ...] = 0.2,
+        threshold_eval: float | tuple[float, ...] = 0.2,
+        capacity_factor_train: float = 1.25,
+        capacity_factor_eval: float = 2.0,
+        straight_through_dispatch_tensor: bool = True,
+        differentiable_topk: bool = False,
+        differentiable_topk_fused: bool = True,
+        min_expert_capacity: int = 4,
+        *,
+        policy_train: str = "random",
+        policy_eval: str = "random",
+        balance_on: str = "routed",
+        router_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("dim", dim)
+        check_count("num_gates", num_gates)
+        check_count("min_expert_capacity", min_expert_capacity)
+        check_top_n(top_n, num_gates)
+        check_positive("eps", eps)
+        check_positive("capacity_factor_train", capacity_factor_train)
+        check_positive("capacity_factor_eval", capacity_factor_eval)
+        for name, policy in (("policy_train", policy_train), ("policy_eval", policy_eval)):
+            if policy not in POLICIES:
+                raise ValueError(f"{name} must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if balance_on not in ("routed", "kept"):
+            raise ValueError(f"balance_on must be 'routed' or 'kept', got {balance_on!r}")
+        if not (router_dtype is None or isinstance(router_dtype, torch.dtype)):
+            raise TypeError(f"router_dtype must be a torch.dtype or None, got {type(router_dtype).__name__}")
+        if router_dtype is not None and not router_dtype.is_floating_point:
+            raise ValueError(f"router_dtype must be a floating point type, got {router_dtype}")
+
+        self.dim = dim
+        self.num_gates = num_gates
+        self.eps = eps
+        self.top_n = top_n
+        self.capacity_factor_train = capacity_factor_train
+        self.capacity_factor_eval = capacity_factor_eval
+        self.straight_through_dispatch_tensor = straight_through_dispatch_tensor
+        self.differentiable_topk = differentiable_topk
+        self.differentiable_topk_fused = differentiable_topk_fused
+        self.min_expert_capacity = min_expert_capacity
+        self.policy_train = policy_train
+        self.policy_eval = policy_eval
+        self.balance_on = balance_on
+        self.router_dtype = router_dtype
+
+        self.to_gates = nn.Linear(dim, num_gates, bias=False, device=device, dtype=dtype)
+        for name, threshold in (("threshold_train", threshold_train), ("threshold_eval", threshold_eval)):
+            per_rank = threshold_per_rank(name, threshold, top_n, num_gates)
+            self.register_buffer(name, torch.tensor([eps, *per_rank], device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_gates={self.num_gates}, top_n={self.top_n}, "
+            f"capacity_factor=({self.capacity_factor_train}, {self.capacity_factor_eval}), "
+            f"policy=({self.policy_train}, {self.policy_eval})"
+        )
+
+    def capacity(self, tokens: int) -> int:
+        """Slots an expert has for a group of ``tokens``, in the module's present mode (SPEC step 1)."""
+        factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
+        return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Gate logits ``(…, n, e)`` of tokens ``x`` ``(…, n, dim)`` (SPEC step 2)."""
+        if self.router_dtype is None:
+            return self.to_gates(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.router_dtype), self.to_gates.weight.to(self.router_dtype))
+
+    def route(
+        self,
+        x: Tensor,
+        noise_gates: bool = False,
+        noise_mult: float = 1.0,
+        *,
+        padding_mask: Tensor | None = None,
+    ) -> Routing:
+        """The routing of tokens ``x``, in the compact form.
+
+        Args:
+            x: ``(…, n, dim)``, any number of leading dimensions.
+            noise_gates: adds Gumbel noise to the logits.
+            noise_mult: its factor.
+            padding_mask: ``(…, n)`` bool, True where the token is real.
+
+        Raises:
+            TypeError: ``x`` or ``padding_mask`` is of the wrong type.
+            ValueError: ``x`` or ``padding_mask`` has the wrong shape or device.
+        """
+        check_floating("x", x)
+        if x.dim() < 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape (..., tokens, {self.dim}), got {tuple(x.shape)}")
+        if x.device != self.to_gates.weight.device:
+            raise ValueError(f"x must be on {self.to_gates.weight.device} with the gate's weight, got {x.device}")
+        return route(
+            self.logits(x),
+            self.top_n,
+            capacity=self.capacity(x.shape[-2]),
+            policy=self.policy_train if self.training else self.policy_eval,
+            threshold=self.threshold_train if self.training else self.threshold_eval,
+            eps=self.eps,
+            noise_gates=noise_gates,
+            noise_mult=noise_mult,
+            padding_mask=padding_mask,
+            differentiable_topk=self.differentiable_topk,
+            differentiable_topk_fused=self.differentiable_topk_fused,
+            straight_through=self.straight_through_dispatch_tensor,
+            balance_on=self.balance_on,
+            losses=self.training,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_gates: bool = False,
+        noise_mult: float = 1.0,
+        *,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``dispatch, combine, balance_loss, router_z_loss`` of tokens ``x``; arguments as :meth:`route`.
+
+        Returns:
+            ``dispatch`` and ``combine``, ``(…, n, e, C)`` of x's type, and the two losses, ``()`` in float32 (float64 for
+            float64), which are 0 in eval mode.
+        """
+        routing = self.route(x, noise_gates, noise_mult, padding_mask=padding_mask)
+        dispatch, combine = routing.dense(x.dtype)
+        return dispatch, combine, routing.balance_loss, routing.router_z_loss

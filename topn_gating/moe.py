@@ -1,0 +1,186 @@
+"""A Mixture-of-Experts layer on the compact form, with the names of ``st_moe_pytorch.MoE``."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gating import TopNGating
+from .routing import check_count, check_positive, combine, dispatch
+
+
+class MixtureOfExpertsReturn(NamedTuple):
+    """What :class:`MoE` returns: ``outputs`` ``(…, n, dim)`` and three scalars."""
+
+    outputs: Tensor
+    total_aux_loss: Tensor
+    balance_loss: Tensor
+    router_z_loss: Tensor
+
+
+class Experts(nn.Module):
+    r"""``num_experts`` two-matrix feedforwards with a gated GELU, computed as two batched matrix products.
+
+    ``y = (u · gelu(v) · mult_bias) W_out + b_out`` with ``u, v = x W_in + b_in`` (GEGLU, arXiv 2002.05202; the
+    multiplicative bias as in ST-MoE, arXiv 2202.08906, appendix A).
+
+    Args:
+        dim: features of a token.
+        num_experts: number of experts.
+        hidden_mult: the hidden size is ``int(dim · hidden_mult · 2 / 3)``.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        hidden_mult: float = 4,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("dim", dim)
+        check_count("num_experts", num_experts)
+        check_positive("hidden_mult", hidden_mult)
+        hidden = max(1, int(dim * hidden_mult * 2 / 3))
+        make = {"device": device, "dtype": dtype}
+        self.weight_in = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden, **make))
+        self.bias_in = nn.Parameter(torch.empty(num_experts, 1, 2 * hidden, **make))
+        self.mult_bias = nn.Parameter(torch.empty(num_experts, 1, hidden, **make))
+        self.weight_out = nn.Parameter(torch.empty(num_experts, hidden, dim, **make))
+        self.bias_out = nn.Parameter(torch.empty(num_experts, 1, dim, **make))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases as ``nn.Linear`` does, uniform within ``fan_in ** -0.5``."""
+        for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
+            bound = weight.shape[1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+        nn.init.ones_(self.mult_bias)
+
+    def extra_repr(self) -> str:
+        num_experts, hidden, dim = self.weight_out.shape
+        return f"dim={dim}, num_experts={num_experts}, hidden={hidden}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Expert outputs ``(…, e, C, dim)`` of expert inputs ``(…, e, C, dim)``."""
+        rows = x.movedim(-3, 0).flatten(1, -2)  # (e, …·C, dim): one product an expert, whatever the number of groups
+        u, v = torch.baddbmm(*_same_type(self.bias_in, rows, self.weight_in)).chunk(2, dim=-1)
+        hidden = u * F.gelu(v) * self.mult_bias
+        rows = torch.baddbmm(*_same_type(self.bias_out, hidden, self.weight_out))
+        return rows.unflatten(1, (*x.shape[:-3], x.shape[-2])).movedim(0, -3)
+
+
+def _same_type(bias: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of a baddbmm: autocast casts the products but not always the bias."""
+    device = rows.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+    return bias.to(dtype), rows.to(dtype), weight.to(dtype)
+
+
+class MoE(nn.Module):
+    r"""Mixture of Experts: gate, experts, and the two losses, through the compact path.
+
+    Args:
+        dim: features of a token.
+        num_experts: number of experts.
+        expert_hidden_mult: hidden size of the built-in experts over ``dim``, before the gated unit's 2/3.
+        threshold_train: see :class:`TopNGating`, as the next three.
+        threshold_eval: in eval mode.
+        capacity_factor_train: in train mode.
+        capacity_factor_eval: in eval mode.
+        gating_top_n: experts of a token.
+        balance_loss_coef: weight of ``balance_loss`` in ``total_aux_loss``.
+        router_z_loss_coef: weight of ``router_z_loss`` in ``total_aux_loss``.
+        experts: a module from ``(…, e, C, dim)`` to ``(…, e, C, dim)``; by default :class:`Experts`.
+        straight_through_dispatch_tensor: see :class:`TopNGating`, as all that follow.
+        differentiable_topk: weights from the soft top-n.
+        differentiable_topk_fused: in one kernel.
+        min_expert_capacity: the least number of slots.
+        policy_train: threshold policy in train mode.
+        policy_eval: threshold policy in eval mode.
+        balance_on: what the balance loss counts.
+        router_dtype: type of the gate's matrix product.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example::
+
+        >>> moe = MoE(dim=512, num_experts=16)
+        >>> outputs, total_aux_loss, balance_loss, router_z_loss = moe(torch.randn(4, 1024, 512))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int = 16,
+        expert_hidden_mult: float = 4,
+        threshold_train: float | tuple[float, ...] = 0.2,
+        threshold_eval: float | tuple[float, ...] = 0.2,
+        capacity_factor_train: float = 1.25,
+        capacity_factor_eval: float = 2.0,
+        gating_top_n: int = 2,
+        balance_loss_coef: float = 1e-2,
+        router_z_loss_coef: float = 1e-3,
+        experts: nn.Module | None = None,
+        straight_through_dispatch_tensor: bool = True,
+        differentiable_topk: bool = False,
+        differentiable_topk_fused: bool = True,
+        *,
+        min_expert_capacity: int = 4,
+        policy_train: str = "random",
+        policy_eval: str = "random",
+        balance_on: str = "routed",
+        router_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not (experts is None or isinstance(experts, nn.Module)):
+            raise TypeError(f"experts must be a torch.nn.Module or None, got {type(experts).__name__}")
+        self.dim = dim
+        self.num_experts = num_experts
+        self.balance_loss_coef = balance_loss_coef
+        self.router_z_loss_coef = router_z_loss_coef
+        self.gate = TopNGating(
+            dim,
+            num_experts,
+            top_n=gating_top_n,
+            threshold_train=threshold_train,
+            threshold_eval=threshold_eval,
+            capacity_factor_train=capacity_factor_train,
+            capacity_factor_eval=capacity_factor_eval,
+            straight_through_dispatch_tensor=straight_through_dispatch_tensor,
+            differentiable_topk=differentiable_topk,
+            differentiable_topk_fused=differentiable_topk_fused,
+            min_expert_capacity=min_expert_capacity,
+            policy_train=policy_train,
+            policy_eval=policy_eval,
+            balance_on=balance_on,
+            router_dtype=router_dtype,
+            device=device,
+            dtype=dtype,
+        )
+        self.experts = experts or Experts(dim, num_experts, expert_hidden_mult, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_gates: bool = False,
+        noise_mult: float = 1.0,
+        *,
+        padding_mask: Tensor | None = None,
+    ) -> MixtureOfExpertsReturn:
+        """``outputs, total_aux_loss, balance_loss, router_z_loss`` of tokens ``x`` ``(…, n, dim)``.
+
+        Arguments as :meth:`TopNGating.route`. A token that every expert dropped has output 0: add the residual outside.
+        """
+        routing = self.gate.route(x, noise_gates, noise_mult, padding_mask=padding_mask)
+        outputs = combine(self.experts(dispatch(x, routing)), routing)
+        total_aux_loss = routing.balance_loss * self.balance_loss_coef + routing.router_z_loss * self.router_z_loss_coef
+        return MixtureOfExpertsReturn(outputs, total_aux_loss, routing.balance_loss, routing.router_z_loss)

@@ -1,0 +1,234 @@
+"""The five operators: what torch has to know of each beside its kernels.
+
+Importing this module loads the extension, which defines ``torch.ops.topn_gating.*`` (schemas in
+``csrc/torch/schema.cpp``, meaning in ``csrc/router.h``). For each operator there stand here its fake (shapes and dtypes
+without data) and its autograd Function. The Function's ``setup_context`` and ``backward`` also serve whoever calls
+``torch.ops.topn_gating.*`` directly.
+
+Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features;
+``…`` are the groups, any number of leading dimensions.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        "topn_gating._C, the compiled extension, is missing or does not fit this torch; "
+        "build it with `pip install --no-build-isolation -e .` in the source tree"
+    ) from error
+
+build_info = _C.build_info
+
+_ops = torch.ops.topn_gating
+
+POLICIES = ("random", "threshold", "all", "none")
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that ``dtype`` is computed in: float64 for float64, float32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Gate(Function):
+    """``gate``: noise, softmax, stable top-n, weights, and the losses' sums (SPEC steps 3 to 6 and 10)."""
+
+    @staticmethod
+    def forward(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
+        return _ops.gate(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, noise, padding_mask, _, ctx.eps, ctx.noise_mult, ctx.soft, _ = inputs
+        _, expert, _, top_count, _, _ = output
+        ctx.save_for_backward(logits, noise, padding_mask, expert, top_count)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_weight, _expert, grad_importance, _top_count, grad_balance_loss, grad_router_z_loss):
+        logits, noise, padding_mask, expert, top_count = ctx.saved_tensors
+        grad_logits = _ops.gate_backward(
+            grad_weight,
+            grad_importance,
+            grad_balance_loss,
+            grad_router_z_loss,
+            logits,
+            noise,
+            padding_mask,
+            expert,
+            top_count,
+            ctx.eps,
+            ctx.noise_mult,
+            ctx.soft,
+        )
+        return grad_logits, None, None, None, None, None, None, None
+
+
+class Assign(Function):
+    """``assign``: threshold masking and capacity assignment (SPEC steps 7 and 8)."""
+
+    @staticmethod
+    def forward(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
+        return _ops.assign(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, slot, _, _ = output
+        ctx.save_for_backward(slot)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_kept, _slot, _source, _demand):
+        (slot,) = ctx.saved_tensors
+        grad_weight = None if grad_kept is None else _ops.assign_backward(grad_kept, slot)
+        return grad_weight, None, None, None, None, None, None, None, None
+
+
+class Dense(Function):
+    """``dense``: the two ``(…, n, e, C)`` tensors (SPEC step 9)."""
+
+    @staticmethod
+    def forward(weight, expert, slot, num_gates, capacity, dtype, straight_through):
+        return _ops.dense(weight, expert, slot, num_gates, capacity, dtype, straight_through)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, expert, slot, _, _, _, ctx.straight_through = inputs
+        ctx.save_for_backward(expert, slot)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_dispatch, grad_combine):
+        expert, slot = ctx.saved_tensors
+        grad_weight = None
+        if not ctx.straight_through:
+            grad_dispatch = None
+        if grad_dispatch is not None or grad_combine is not None:
+            grad_weight = _ops.dense_backward(grad_dispatch, grad_combine, expert, slot)
+        return grad_weight, None, None, None, None, None, None
+
+
+class Dispatch(Function):
+    """``dispatch``: token rows to expert buffers."""
+
+    @staticmethod
+    def forward(x, weight, expert, slot, source, straight_through):
+        return _ops.dispatch(x, weight, expert, slot, source, straight_through)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, expert, slot, source, straight_through = inputs
+        needs_weight = straight_through and ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if needs_weight else None, expert, slot, source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, expert, slot, source = ctx.saved_tensors
+        grad_x, grad_weight = _ops.dispatch_backward(grad_y, x, expert, slot, source)
+        return grad_x, None if x is None else grad_weight, None, None, None, None
+
+
+class Combine(Function):
+    """``combine``: expert buffers back to token rows, weighted."""
+
+    @staticmethod
+    def forward(y, weight, expert, slot, source):
+        return _ops.combine(y, weight, expert, slot, source)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        grad_y, grad_weight = _ops.combine_backward(grad_out, *ctx.saved_tensors)
+        return grad_y, grad_weight, None, None, None
+
+
+for _name, _function in {"gate": Gate, "assign": Assign, "dense": Dense, "dispatch": Dispatch, "combine": Combine}.items():
+    torch.library.register_autograd(f"topn_gating::{_name}", _function.backward, setup_context=_function.setup_context)
+
+
+@torch.library.register_fake("topn_gating::gate")
+def _(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
+    *lead, n, e = logits.shape
+    dtype = real_dtype(logits.dtype)
+    return (
+        logits.new_empty((*lead, n, top_n), dtype=dtype),
+        logits.new_empty((*lead, n, top_n), dtype=torch.int32),
+        logits.new_empty((*lead, e), dtype=dtype),
+        logits.new_empty((*lead, e), dtype=torch.int32),
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("topn_gating::gate_backward")
+def _(gw, gi, gb, gz, logits, noise, padding_mask, expert, top_count, eps, noise_mult, soft):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("topn_gating::assign")
+def _(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
+    lead = weight.shape[:-2]
+    return (
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape, dtype=torch.int32),
+        weight.new_empty((*lead, num_gates, capacity), dtype=torch.int32),
+        weight.new_empty((*lead, num_gates), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("topn_gating::assign_backward")
+def _(grad_kept, slot):
+    return grad_kept.new_empty(grad_kept.shape)
+
+
+@torch.library.register_fake("topn_gating::dense")
+def _(weight, expert, slot, num_gates, capacity, dtype, straight_through):
+    shape = (*weight.shape[:-1], num_gates, capacity)
+    return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("topn_gating::dense_backward")
+def _(grad_dispatch, grad_combine, expert, slot):
+    grad = grad_combine if grad_dispatch is None else grad_dispatch
+    return slot.new_empty(slot.shape, dtype=real_dtype(grad.dtype))
+
+
+@torch.library.register_fake("topn_gating::dispatch")
+def _(x, weight, expert, slot, source, straight_through):
+    return x.new_empty((*source.shape, x.shape[-1]))
+
+
+@torch.library.register_fake("topn_gating::dispatch_backward")
+def _(grad_y, x, expert, slot, source):
+    grad_x = grad_y.new_empty((*slot.shape[:-1], grad_y.shape[-1]))
+    return grad_x, grad_y.new_empty((0,) if x is None else slot.shape, dtype=real_dtype(grad_y.dtype))
+
+
+@torch.library.register_fake("topn_gating::combine")
+def _(y, weight, expert, slot, source):
+    return y.new_empty((*slot.shape[:-1], y.shape[-1]))
+
+
+@torch.library.register_fake("topn_gating::combine_backward")
+def _(grad_out, y, weight, expert, slot, source):
+    return y.new_empty(y.shape), weight.new_empty(weight.shape)
+
+
+def autocast(t: Tensor) -> Tensor:
+    """``t`` as an einsum under the current autocast would read it: a float type but float64 becomes the autocast type."""
+    device = t.device.type
+    if torch.is_autocast_enabled(device) and t.is_floating_point() and t.dtype != torch.float64:
+        return t.to(torch.get_autocast_dtype(device))
+    return t

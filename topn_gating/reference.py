@@ -1,0 +1,189 @@
+"""The router in plain torch operations: the readable definition, and the oracle of the tests.
+
+Every function takes and returns what its namesake in :mod:`topn_gating` does, random numbers as tensors. Autograd
+gives the gradients. It costs what such code costs, a ``(…, n, k, e)`` one-hot and more; nothing but tests, the demo's
+comparison and ``differentiable_topk_fused=False`` uses it.
+
+Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .routing import Routing
+
+SOFT_EPS = 0.1
+SOFT_ITERATIONS = 20
+
+
+def gumbel(u: Tensor) -> Tensor:
+    """Standard Gumbel noise from ``u ~ U[0, 1)``, both logarithms clamped at 1e-20."""
+
+    def log(t: Tensor) -> Tensor:
+        return t.clamp(min=1e-20).log()
+
+    return -log(-log(u))
+
+
+def soft_topn(p: Tensor, top_n: int) -> Tensor:
+    """Soft top-n scores ``(…, e)`` of gates ``p`` ``(…, e)`` by coordinate descent (arXiv 1502.04759, arXiv 2303.09752)."""
+    k = torch.tensor(min(top_n * 9 / 8, p.shape[-1]), dtype=p.dtype, device=p.device)
+    b = -p
+    for _ in range(SOFT_ITERATIONS):
+        a = SOFT_EPS * (k.log() - ((p + b) / SOFT_EPS).logsumexp(-1, keepdim=True))
+        b = -F.relu(p + a)
+    return ((p + a + b) / SOFT_EPS).exp()
+
+
+def topn_weight(p: Tensor, expert: Tensor, eps: float, *, soft: bool = False) -> Tensor:
+    """Weights ``(…, n, k)`` of the chosen experts, normalised over the ranks; raw for ``top_n = 1``."""
+    top_n = expert.shape[-1]
+    v = (soft_topn(p, top_n) if soft else p).gather(-1, expert.long())
+    return v if top_n == 1 else v / v.sum(-1, keepdim=True).clamp(min=eps)
+
+
+def gate(
+    logits: Tensor,
+    *,
+    top_n: int,
+    eps: float = 1e-9,
+    noise: Tensor | None = None,
+    noise_mult: float = 1.0,
+    padding_mask: Tensor | None = None,
+    differentiable_topk: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``weight, expert (…, n, k), importance (…, e), balance_loss (), router_z_loss ()`` of logits ``(…, n, e)``."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    s = z if noise is None else z + noise_mult * gumbel(noise)
+    p = s.softmax(-1)
+    expert = s.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_n]
+    weight = topn_weight(p, expert, eps, soft=differentiable_topk)
+
+    real = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if padding_mask is None else padding_mask
+    importance = mean_over_real(p, real)
+    density = mean_over_real(F.one_hot(expert[..., 0], z.shape[-1]).to(p.dtype), real)
+    z_loss = torch.where(real, z.logsumexp(-1).square(), 0).sum() / real.sum().clamp(min=1)
+    return weight, expert.int(), importance, balance(importance, density), z_loss
+
+
+def mean_over_real(t: Tensor, real: Tensor) -> Tensor:
+    """Mean of ``t`` ``(…, n, e)`` over the tokens that are real, 0 where a group has none."""
+    total = torch.where(real.unsqueeze(-1), t, 0).sum(-2)
+    return total / real.sum(-1, keepdim=True).clamp(min=1)
+
+
+def balance(importance: Tensor, density: Tensor) -> Tensor:
+    """Load-balancing loss ``e² · mean(importance · density)`` of two ``(…, e)``; 0 where there are no groups."""
+    product = importance * density
+    return product.sum() * (product.shape[-1] ** 2 / max(product.numel(), 1))
+
+
+def assign(
+    weight: Tensor,
+    expert: Tensor,
+    *,
+    num_gates: int,
+    capacity: int,
+    policy: str = "random",
+    draws: Tensor | None = None,
+    threshold: Tensor | None = None,
+    eps: float = 1e-9,
+    padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``kept weight, slot (…, n, k), source (…, e, C), demand (…, e)``: threshold masking, then the slots."""
+    *lead, n, top_n = weight.shape
+    if policy == "random":
+        routed = draws < weight / threshold.clamp(min=eps)
+    elif policy == "threshold":
+        routed = weight > threshold
+    else:
+        routed = torch.full_like(weight, policy == "all", dtype=torch.bool)
+    routed = torch.cat([torch.ones_like(routed[..., :1]), routed[..., 1:]], -1)
+    if padding_mask is not None:
+        routed = routed & padding_mask.unsqueeze(-1)
+
+    pairs = F.one_hot(expert.long(), num_gates) * routed.unsqueeze(-1)  # (…, n, k, e)
+    earlier = pairs.cumsum(-3) - pairs
+    routed_per_rank = pairs.sum(-3)  # (…, k, e)
+    first = torch.zeros_like(routed_per_rank)
+    for k in range(1, top_n):
+        first[..., k, :] = (first[..., k - 1, :] + routed_per_rank[..., k - 1, :]).clamp(max=capacity)
+    slot = ((earlier + first.unsqueeze(-3)) * pairs).sum(-1)
+    slot = torch.where(slot < capacity, slot, -2).where(routed, -1)
+
+    kept = slot >= 0
+    held = torch.where(kept, expert.long() * capacity + slot, num_gates * capacity).flatten(-2)
+    pair = torch.arange(n * top_n, device=weight.device).expand(*lead, -1)
+    source = torch.full((*lead, num_gates * capacity + 1), -1, device=weight.device)
+    source = source.scatter(-1, held, pair)[..., :-1].unflatten(-1, (num_gates, capacity))
+    return torch.where(kept, weight, 0), slot.int(), source.int(), pairs.sum((-3, -2)).int()
+
+
+def route(
+    logits: Tensor,
+    *,
+    top_n: int,
+    capacity: int,
+    policy: str = "random",
+    draws: Tensor | None = None,
+    threshold: Tensor | None = None,
+    eps: float = 1e-9,
+    noise: Tensor | None = None,
+    noise_mult: float = 1.0,
+    padding_mask: Tensor | None = None,
+    differentiable_topk: bool = False,
+    straight_through: bool = True,
+    balance_on: str = "routed",
+) -> Routing:
+    """All steps from logits ``(…, n, e)`` to a :class:`topn_gating.Routing`, in train mode."""
+    num_gates = logits.shape[-1]
+    weight, expert, importance, balance_loss, z_loss = gate(
+        logits,
+        top_n=top_n,
+        eps=eps,
+        noise=noise,
+        noise_mult=noise_mult,
+        padding_mask=padding_mask,
+        differentiable_topk=differentiable_topk,
+    )
+    kept, slot, source, demand = assign(
+        weight,
+        expert,
+        num_gates=num_gates,
+        capacity=capacity,
+        policy=policy,
+        draws=draws,
+        threshold=threshold,
+        eps=eps,
+        padding_mask=padding_mask,
+    )
+    if balance_on == "kept":
+        real = torch.ones(slot.shape[:-1], dtype=torch.bool) if padding_mask is None else padding_mask
+        held = F.one_hot(expert[..., 0].long(), num_gates) * (slot[..., :1] >= 0)
+        balance_loss = balance(importance, mean_over_real(held.to(importance.dtype), real))
+    return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through)
+
+
+def dense(routing: Routing, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``dispatch, combine`` of shape ``(…, n, e, C)``."""
+    num_gates, capacity = routing.source.shape[-2:]
+    size = num_gates * capacity
+    held = torch.where(routing.slot >= 0, routing.expert.long() * capacity + routing.slot, size)
+    empty = routing.weight.new_zeros(*held.shape[:-1], size + 1)
+    combine = empty.scatter(-1, held, routing.weight)[..., :-1].unflatten(-1, (num_gates, capacity))
+    dispatch = empty.scatter(-1, held, 1.0)[..., :-1].unflatten(-1, (num_gates, capacity))
+    if routing.straight_through:
+        dispatch = dispatch + (combine - combine.detach())
+    dtype = dtype or combine.dtype
+    return dispatch.to(dtype), combine.to(dtype)
+
+
+def dispatch(x: Tensor, routing: Routing) -> Tensor:
+    """Expert inputs ``(…, e, C, d)`` of tokens ``x`` ``(…, n, d)`` through the dense tensor."""
+    return torch.einsum("...nd,...nec->...ecd", x, dense(routing, x.dtype)[0])
+
+
+def combine(y: Tensor, routing: Routing) -> Tensor:
+    """Tokens ``(…, n, d)`` from expert outputs ``y`` ``(…, e, C, d)`` through the dense tensor."""
+    return torch.einsum("...ecd,...nec->...nd", y, dense(routing, y.dtype)[1])
