@@ -4,17 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routing import (
-    Routing,
-    check_count,
-    check_floating,
-    check_positive,
-    check_top_n,
-    expert_capacity,
-    route,
-    threshold_per_rank,
-)
+from .checks import check_choice, check_count, check_floating, check_positive, check_top_n, threshold_per_rank
 from .ops import POLICIES
+from .routing import BALANCE_ON, Routing, expert_capacity, route
 
 
 class TopNGating(nn.Module):
@@ -93,11 +85,9 @@ class TopNGating(nn.Module):
         check_positive("eps", eps)
         check_positive("capacity_factor_train", capacity_factor_train)
         check_positive("capacity_factor_eval", capacity_factor_eval)
-        for name, policy in (("policy_train", policy_train), ("policy_eval", policy_eval)):
-            if policy not in POLICIES:
-                raise ValueError(f"{name} must be one of {', '.join(POLICIES)}, got {policy!r}")
-        if balance_on not in ("routed", "kept"):
-            raise ValueError(f"balance_on must be 'routed' or 'kept', got {balance_on!r}")
+        check_choice("policy_train", policy_train, POLICIES)
+        check_choice("policy_eval", policy_eval, POLICIES)
+        check_choice("balance_on", balance_on, BALANCE_ON)
         if not (router_dtype is None or isinstance(router_dtype, torch.dtype)):
             raise TypeError(f"router_dtype must be a torch.dtype or None, got {type(router_dtype).__name__}")
         if router_dtype is not None and not router_dtype.is_floating_point:

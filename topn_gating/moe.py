@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_count, check_positive
 from .gating import TopNGating
-from .routing import check_count, check_positive, combine, dispatch
+from .routing import combine, dispatch
 
 
 class MixtureOfExpertsReturn(NamedTuple):

@@ -4,13 +4,23 @@
 tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features; ``…`` are the groups.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .checks import (
+    check_choice,
+    check_count,
+    check_logits,
+    check_positive,
+    check_rows,
+    check_tensor,
+    threshold_per_rank,
+)
+
+BALANCE_ON = ("routed", "kept")
 
 
 class Routing(NamedTuple):
@@ -63,7 +73,7 @@ class Routing(NamedTuple):
         dtype = dtype or self.weight.dtype
         num_gates, capacity = self.source.shape[-2:]
         weight = self.weight.to(ops.real_dtype(dtype))
-        return ops.Dense.apply(weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
+        return ops.apply(ops.Dense, weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
 
     def __repr__(self) -> str:
         (*groups, tokens, top_n), (num_gates, capacity) = self.expert.shape, self.source.shape[-2:]
@@ -132,13 +142,12 @@ def route(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument has the wrong value, shape or device.
     """
-    *lead, n, num_gates = _check_logits(logits, top_n)
-    real = ops.real_dtype(logits.dtype)
-    if policy not in ops.POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(ops.POLICIES)}, got {policy!r}")
-    if balance_on not in ("routed", "kept"):
-        raise ValueError(f"balance_on must be 'routed' or 'kept', got {balance_on!r}")
+    check_logits(logits, top_n)
+    check_choice("policy", policy, ops.POLICIES)
+    check_choice("balance_on", balance_on, BALANCE_ON)
     check_positive("eps", eps)
+    *lead, n, num_gates = logits.shape
+    real = ops.real_dtype(logits.dtype)
     if capacity is None:
         check_positive("capacity_factor", capacity_factor)
         check_count("min_expert_capacity", min_expert_capacity)
@@ -146,25 +155,29 @@ def route(
     else:
         check_count("capacity", capacity)
     if padding_mask is not None:
-        _check_tensor("padding_mask", padding_mask, (*lead, n), torch.bool, logits.device)
+        check_tensor("padding_mask", padding_mask, (*lead, n), torch.bool, logits.device)
 
     if noise is not None:
-        _check_tensor("noise", noise, logits.shape, real, logits.device)
+        check_tensor("noise", noise, logits.shape, real, logits.device)
     elif noise_gates:
         noise = torch.rand(logits.shape, dtype=real, device=logits.device)
     if draws is not None:
-        _check_tensor("draws", draws, (*lead, n, top_n), real, logits.device)
+        check_tensor("draws", draws, (*lead, n, top_n), real, logits.device)
     elif policy == "random":
         draws = torch.rand((*lead, n, top_n), dtype=real, device=logits.device)
-    threshold = _threshold_tensor(threshold, top_n, num_gates, real, logits.device) if policy in ("random", "threshold") else None
+    if policy in ("random", "threshold"):
+        threshold = _threshold_tensor(threshold, top_n, num_gates, real, logits.device)
+    else:
+        threshold = None
 
     fused = differentiable_topk and differentiable_topk_fused
-    weight, expert, importance, _, balance_loss, router_z_loss = ops.Gate.apply(
-        logits, noise, padding_mask, top_n, eps, noise_mult, fused, losses
+    weight, expert, importance, _, balance_loss, router_z_loss = ops.apply(
+        ops.Gate, logits, noise, padding_mask, top_n, eps, noise_mult, fused, losses
     )
     if differentiable_topk and not fused:
         weight = _composed_soft_weight(logits, noise, noise_mult, expert, eps)
-    kept, slot, source, demand = ops.Assign.apply(
+    kept, slot, source, demand = ops.apply(
+        ops.Assign,
         weight,
         expert,
         draws if policy == "random" else None,
@@ -191,9 +204,9 @@ def dispatch(x: Tensor, routing: Routing) -> Tensor:
         ``(…, e, C, d)`` of x's type; rows of empty slots are 0.
     """
     x = ops.autocast(x)
-    _check_rows("x", x, routing, (*routing.expert.shape[:-1],))
+    check_rows("x", x, routing.expert.shape[:-1], routing.expert.device)
     weight = routing.weight.to(ops.real_dtype(x.dtype))
-    return ops.Dispatch.apply(x, weight, routing.expert, routing.slot, routing.source, routing.straight_through)
+    return ops.apply(ops.Dispatch, x, weight, routing.expert, routing.slot, routing.source, routing.straight_through)
 
 
 def combine(y: Tensor, routing: Routing) -> Tensor:
@@ -207,9 +220,9 @@ def combine(y: Tensor, routing: Routing) -> Tensor:
         ``(…, n, d)`` of y's type: for each token the weighted sum over its experts, 0 where it was dropped by all.
     """
     y = ops.autocast(y)
-    _check_rows("y", y, routing, tuple(routing.source.shape))
+    check_rows("y", y, routing.source.shape, routing.source.device)
     weight = routing.weight.to(ops.real_dtype(y.dtype))
-    return ops.Combine.apply(y, weight, routing.expert, routing.slot, routing.source)
+    return ops.apply(ops.Combine, y, weight, routing.expert, routing.slot, routing.source)
 
 
 def _composed_soft_weight(logits: Tensor, noise: Tensor | None, noise_mult: float, expert: Tensor, eps: float) -> Tensor:
@@ -228,83 +241,13 @@ def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, n: int, pad
     return product.sum() * (product.shape[-1] ** 2 / max(product.numel(), 1))
 
 
-def threshold_per_rank(name: str, threshold: float | tuple[float, ...], top_n: int, num_gates: int) -> tuple[float, ...]:
-    """One threshold for each rank from rank 1 on, checked; a longer tuple of at most ``num_gates - 1`` is cut."""
-    values = tuple(threshold) if isinstance(threshold, tuple | list) else (threshold,) * (top_n - 1)
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise TypeError(f"{name} must be a float or a tuple of floats, got {threshold!r}")
-    if not top_n - 1 <= len(values) <= max(num_gates - 1, top_n - 1):
-        raise ValueError(
-            f"{name} must be a float or a tuple of {top_n - 1} (top_n - 1) to {num_gates - 1} (num_gates - 1) floats, "
-            f"got {len(values)}"
-        )
-    if not all(v >= 0 for v in values):
-        raise ValueError(f"{name} must not be negative or NaN, got {threshold!r}")
-    return values[: top_n - 1]
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raises unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be finite and above 0, got {value}")
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def check_top_n(top_n: int, num_gates: int) -> None:
-    """Raises unless ``1 <= top_n <= num_gates``."""
-    check_count("top_n", top_n)
-    if top_n > num_gates:
-        raise ValueError(f"top_n must be at most num_gates ({num_gates}), got {top_n}")
-
-
-def check_floating(name: str, t: Tensor) -> None:
-    """Raises unless ``t`` is a tensor of one of the four types that the kernels take."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
-
-
-def _check_logits(logits: Tensor, top_n: int) -> torch.Size:
-    check_floating("logits", logits)
-    if logits.dim() < 2 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape (..., tokens, experts) with an expert or more, got {tuple(logits.shape)}")
-    check_top_n(top_n, logits.shape[-1])
-    return logits.shape
-
-
-def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if not isinstance(t, Tensor) or t.dtype != dtype:
-        raise TypeError(f"{name} must be a {dtype} tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
-    if tuple(t.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
-    if t.device != device:
-        raise ValueError(f"{name} must be on {device}, got {t.device}")
-
-
-def _check_rows(name: str, t: Tensor, routing: Routing, shape: tuple[int, ...]) -> None:
-    check_floating(name, t)
-    if tuple(t.shape[:-1]) != shape or t.dim() == 0:
-        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}, features) for this routing, got {tuple(t.shape)}")
-    if t.device != routing.expert.device:
-        raise ValueError(f"{name} must be on {routing.expert.device} with its routing, got {t.device}")
-
-
 def _threshold_tensor(
     threshold: float | tuple[float, ...] | Tensor, top_n: int, num_gates: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if isinstance(threshold, Tensor):
         if threshold.shape != (top_n,) or not threshold.is_floating_point():
-            raise ValueError(f"threshold must have shape ({top_n},) and a float type, got {tuple(threshold.shape)} {threshold.dtype}")
+            got = f"{tuple(threshold.shape)} {threshold.dtype}"
+            raise ValueError(f"threshold must be a tensor of shape ({top_n},) and a float type, got {got}")
         if threshold.device != device:
             raise ValueError(f"threshold must be on {device}, got {threshold.device}")
         return threshold.detach().to(dtype)

@@ -6,6 +6,7 @@
 #define TOPN_TABLE(level) TOPN_TABLE_(level)
 
 #include "cpu/gate.cpp"
+#include "cpu/gate_backward.cpp"
 #include "cpu/assign.cpp"
 #include "cpu/dense.cpp"
 #include "cpu/dispatch.cpp"

@@ -9,7 +9,7 @@ namespace topn_gating::binding {
 namespace {
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, cpu::Body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(b, e, context); });
 }
 
 Tensor workspace(const Tensor& like, int64_t bytes) { return make(like, {bytes}, ScalarType::Byte); }
@@ -225,38 +225,6 @@ Tensor dense_backward(const std::optional<Tensor>& grad_dispatch, const std::opt
   a.grad_weight = written(grad_weight);
   cpu::kernels().dense_backward(a, parallel_for);
   return grad_weight;
-}
-
-// expert, slot and source, checked, and kept alive while the kernels read them.
-struct Assigned {
-  Assignment sizes;
-  Shape tokens, slots;  // (…, n) and (…, e, C)
-  Tensor expert, slot, source;
-
-  Assigned(const Tensor& expert_in, const Tensor& slot_in, const Tensor& source_in) {
-    const Shape pairs = shape_of(expert_in);
-    slots = shape_of(source_in);
-    STD_TORCH_CHECK(pairs.size() >= 2, "expert must have shape (..., tokens, top_n)");
-    STD_TORCH_CHECK(slots.size() == pairs.size() && Shape(slots.begin(), slots.end() - 2) == Shape(pairs.begin(), pairs.end() - 2),
-                    "source must have shape (..., experts, capacity) with the groups of expert");
-    tokens = with_last(pairs, 1, {});
-    sizes = sizes_of("expert", expert_in, slots[slots.size() - 2], slots.back());
-    expert = take("expert", expert_in, expert_in, pairs, ScalarType::Int);
-    slot = take("slot", slot_in, expert_in, pairs, ScalarType::Int);
-    source = take("source", source_in, expert_in, slots, ScalarType::Int);
-    sizes.expert = pointer<int32_t>(expert);
-    sizes.slot = pointer<int32_t>(slot);
-    sizes.source = pointer<int32_t>(source);
-  }
-
-  Shape pairs() const { return with_last(tokens, 0, {sizes.top_n}); }
-  Shape token_rows(int64_t dim) const { return with_last(tokens, 0, {dim}); }
-  Shape slot_rows(int64_t dim) const { return with_last(slots, 0, {dim}); }
-};
-
-int64_t dim_of(const char* name, const Tensor& rows) {
-  STD_TORCH_CHECK(rows.dim() >= 1, name, " must have a dimension of features");
-  return rows.size(rows.dim() - 1);
 }
 
 Tensor dispatch(const Tensor& x, const Tensor& weight, const Tensor& expert, const Tensor& slot, const Tensor& source,

@@ -107,4 +107,36 @@ inline Assignment sizes_of(const char* name, const Tensor& expert, int64_t exper
   return a;
 }
 
+// expert, slot and source, checked, and kept alive while the kernels read them.
+struct Assigned {
+  Assignment sizes;
+  Shape tokens, slots;  // (…, n) and (…, e, C)
+  Tensor expert, slot, source;
+
+  Assigned(const Tensor& expert_in, const Tensor& slot_in, const Tensor& source_in) {
+    const Shape pairs = shape_of(expert_in);
+    slots = shape_of(source_in);
+    STD_TORCH_CHECK(pairs.size() >= 2, "expert must have shape (..., tokens, top_n)");
+    STD_TORCH_CHECK(slots.size() == pairs.size() && Shape(slots.begin(), slots.end() - 2) == Shape(pairs.begin(), pairs.end() - 2),
+                    "source must have shape (..., experts, capacity) with the groups of expert");
+    tokens = with_last(pairs, 1, {});
+    sizes = sizes_of("expert", expert_in, slots[slots.size() - 2], slots.back());
+    expert = take("expert", expert_in, expert_in, pairs, ScalarType::Int);
+    slot = take("slot", slot_in, expert_in, pairs, ScalarType::Int);
+    source = take("source", source_in, expert_in, slots, ScalarType::Int);
+    sizes.expert = pointer<int32_t>(expert);
+    sizes.slot = pointer<int32_t>(slot);
+    sizes.source = pointer<int32_t>(source);
+  }
+
+  Shape pairs() const { return with_last(tokens, 0, {sizes.top_n}); }
+  Shape token_rows(int64_t dim) const { return with_last(tokens, 0, {dim}); }
+  Shape slot_rows(int64_t dim) const { return with_last(slots, 0, {dim}); }
+};
+
+inline int64_t dim_of(const char* name, const Tensor& rows) {
+  STD_TORCH_CHECK(rows.dim() >= 1, name, " must have a dimension of features");
+  return rows.size(rows.dim() - 1);
+}
+
 }  // namespace topn_gating::binding

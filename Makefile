@@ -1,0 +1,37 @@
+# `make demo` and `make test` each do all of their own set-up in .venv; what did not change is not done again.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+# Threads that spin at a barrier take a small machine's only other core from the work.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/built
+	$(RUN) -m topn_gating demo $(ARGS)
+
+test: $(VENV)/built lint
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/built
+	$(RUN) -m topn_gating bench $(ARGS)
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build topn_gating/*.so
+
+# zeta would bring a dozen packages; the tests load one file of it, which needs what st-moe-pytorch brings.
+$(VENV)/installed: requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -r requirements-dev.txt
+	$(PIP) install --no-deps zetascale==2.8.8
+	touch $@
+
+# ninja compiles what changed.
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
+	$(RUN) setup.py --quiet build_ext --inplace
+	touch $@

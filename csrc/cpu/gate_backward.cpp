@@ -1,0 +1,142 @@
+// Gradients of SPEC steps 4 to 6 and 10 on the CPU: the gates of each token are computed again, which costs less than
+// to keep them.
+#include "cpu/parallel.h"
+#include "cpu/token.h"
+
+namespace TOPN_NAMESPACE {
+namespace {
+
+template <class R, class T>
+struct Gradient {
+  using V = Vector<R>;
+  using Real = RealOf<T>;
+  const GateBackward& a;
+  const double* z_scale;  // of the whole call: 2 · grad_router_z_loss / real tokens
+  Row<R, T> row;
+  Scratch<V> importance, grad_p;
+  Scratch<R> v, grad_v;
+  Scratch<double> double_v;
+
+  Gradient(const GateBackward& args, const double* z)
+      : a(args), z_scale(z), row(args.experts), importance(row.lanes.count), grad_p(row.lanes.count), v(args.top_n),
+        grad_v(args.top_n), double_v(args.top_n) {}
+
+  // The gradient that every real token of the group gets at its gates, from the two sums over tokens.
+  void start_group(int64_t group) {
+    auto& lanes = row.lanes;
+    double real = 0;
+    const int32_t* top_count = a.top_count + group * a.experts;
+    for (int64_t e = 0; e < a.experts; ++e) real += top_count[e];
+    const double share = 1.0 / std::max(real, 1.0);
+    const double balance = a.grad_balance_loss == nullptr
+                               ? 0.0
+                               : double(*static_cast<const Real*>(a.grad_balance_loss)) * double(a.experts) / double(a.groups);
+    for (int i = 0; i < lanes.count; ++i) importance[i] = V{};
+    for (int e = 0; e < lanes.experts; ++e) {
+      double sum = balance * (top_count[e] * share);
+      if (a.grad_importance != nullptr) sum += double(static_cast<const Real*>(a.grad_importance)[group * a.experts + e]);
+      lanes.add(importance, e, R(sum * share));
+    }
+  }
+
+  // Of w_k = v_k / max(Σ v, eps) for v.
+  void weights(const Real* grad_w) {
+    if (a.top_n == 1) {
+      grad_v[0] = R(grad_w[0]);
+      return;
+    }
+    R sum = 0, dot = 0;
+    for (int64_t k = 0; k < a.top_n; ++k) sum += v[k];
+    const bool clamped = sum < R(a.eps);
+    const R denominator = clamped ? R(a.eps) : sum;
+    if (!clamped) {
+      for (int64_t k = 0; k < a.top_n; ++k) dot += R(grad_w[k]) * (v[k] / denominator);
+    }
+    for (int64_t k = 0; k < a.top_n; ++k) grad_v[k] = (R(grad_w[k]) - dot) / denominator;
+  }
+
+  void through_soft(const int32_t* expert, const Real* grad_w) {
+    if constexpr (std::is_same_v<R, double>) {
+      auto& lanes = row.lanes;
+      Scratch<V> q(lanes.count);
+      std::memcpy(q, row.s, lanes.count * sizeof(V));
+      const SoftTopN soft(lanes, lanes.experts, int(a.top_n), static_cast<V*>(q));
+      for (int64_t k = 0; k < a.top_n; ++k) v[k] = soft.score(lanes.at(q, expert[k]));
+      weights(grad_w);
+      soft.backward(lanes, q, expert, static_cast<const double*>(grad_v), int(a.top_n), static_cast<V*>(grad_p));
+    }
+  }
+
+  void through_gates(const int32_t* expert, const Real* grad_w) {
+    auto& lanes = row.lanes;
+    for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
+    for (int64_t k = 0; k < a.top_n; ++k) v[k] = lanes.at(row.s, expert[k]);
+    weights(grad_w);
+    for (int64_t k = 0; k < a.top_n; ++k) lanes.add(grad_p, expert[k], grad_v[k]);
+  }
+
+  void token(int64_t token) {
+    auto& lanes = row.lanes;
+    T* grad = static_cast<T*>(a.grad_logits) + token * a.experts;
+    const bool real = a.padding_mask == nullptr || a.padding_mask[token];
+    const int32_t* expert = a.expert + token * a.top_n;
+    const Real* grad_w = a.grad_weight == nullptr ? nullptr : static_cast<const Real*>(a.grad_weight) + token * a.top_n;
+    if (!real && (grad_w == nullptr || std::all_of(grad_w, grad_w + a.top_n, [](Real g) { return g == 0; }))) {
+      std::memset(grad, 0, a.experts * sizeof(T));  // whatever the padding holds, NaN too
+      return;
+    }
+    row.read(a.logits, a.noise, a.noise_mult, token);
+    softmax(lanes, static_cast<V*>(row.s));
+    if (grad_w != nullptr) {
+      a.soft ? through_soft(expert, grad_w) : through_gates(expert, grad_w);
+    } else {
+      for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
+    }
+    if (real) {
+      for (int i = 0; i < lanes.count; ++i) grad_p[i] += importance[i];
+    }
+    V dot{};
+    for (int i = 0; i < lanes.count; ++i) dot += row.s[i] * grad_p[i];
+    const R mean = lanes.sum(dot);
+    for (int i = 0; i < lanes.count; ++i) grad_p[i] = row.s[i] * (grad_p[i] - mean);
+    if (real && *z_scale != 0) {
+      const LogSumExp lse = softmax(lanes, static_cast<V*>(row.z));
+      const R scale = R(*z_scale * lse.value());
+      for (int i = 0; i < lanes.count; ++i) grad_p[i] += scale * row.z[i];
+    }
+    store_row<R>(grad, lanes.experts, static_cast<const V*>(grad_p));
+  }
+};
+
+template <class R, class T>
+void gate_backward_tokens(const GateBackward& a, const double* z_scale, int64_t begin, int64_t end) {
+  Gradient<R, T> gradient(a, z_scale);
+  for (int64_t token = begin; token < end; ++token) {
+    if (token == begin || token % a.tokens == 0) gradient.start_group(token / a.tokens);
+    gradient.token(token);
+  }
+}
+
+// Of each token's logsumexp: 2 · grad_router_z_loss / real tokens.
+template <class Real>
+double z_loss_scale(const GateBackward& a) {
+  if (a.grad_router_z_loss == nullptr) return 0;
+  double real = 0;
+  for (int64_t i = 0; i < a.groups * a.experts; ++i) real += a.top_count[i];
+  return 2.0 * double(*static_cast<const Real*>(a.grad_router_z_loss)) / std::max(real, 1.0);
+}
+
+}  // namespace
+
+void gate_backward(const GateBackward& a, ParallelFor parallel_for) {
+  with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    const double z_scale = z_loss_scale<RealOf<T>>(a);
+    parallel(parallel_for, a.groups * a.tokens, a.experts, [&](int64_t begin, int64_t end) {
+      a.soft ? gate_backward_tokens<double, T>(a, &z_scale, begin, end)
+             : gate_backward_tokens<RealOf<T>, T>(a, &z_scale, begin, end);
+    });
+  });
+}
+
+}  // namespace TOPN_NAMESPACE
