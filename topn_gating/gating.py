@@ -33,7 +33,8 @@ class TopNGating(nn.Module):
         min_expert_capacity: the least number of slots.
         policy_train: ``"random"`` (as above), ``"threshold"`` (``weight_k > threshold``), ``"all"`` or ``"none"``.
         policy_eval: the same in eval mode.
-        balance_on: ``"routed"``: the balance loss counts tokens before the capacity drop; ``"kept"``: after it, as the peers do.
+        balance_on: ``"routed"``: the balance loss counts tokens before the capacity drop; ``"kept"``: after it, as the
+            peers do.
         router_dtype: type of the gate's matrix product, computed with autocast off; None leaves it to torch's rules.
         device: of the parameters.
         dtype: of the parameters.

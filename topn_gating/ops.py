@@ -172,8 +172,27 @@ class Combine(Function):
         return grad_y, grad_weight, None, None, None
 
 
-for _name, _function in {"gate": Gate, "assign": Assign, "dense": Dense, "dispatch": Dispatch, "combine": Combine}.items():
-    torch.library.register_autograd(f"topn_gating::{_name}", _function.backward, setup_context=_function.setup_context)
+def _vmap_rule(call):
+    """``torch.vmap`` over an operator: one call for each sample, since each has losses of its own."""
+
+    def rule(info, in_dims, *args):
+        def sample(i):
+            return call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+
+        outputs = [sample(i) for i in range(info.batch_size)]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(torch.stack(t) for t in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+    return rule
+
+
+for _function in (Gate, Assign, Dense, Dispatch, Combine):
+    _name = f"topn_gating::{_function.__name__.lower()}"
+    _function.vmap = staticmethod(_vmap_rule(_function.apply))
+    torch.library.register_autograd(_name, _function.backward, setup_context=_function.setup_context)
+    torch.library.register_vmap(_name, _function.vmap)
+    torch.library.register_vmap(f"{_name}_backward", _vmap_rule(getattr(_ops, f"{_function.__name__.lower()}_backward")))
 
 
 @torch.library.register_fake("topn_gating::gate")
