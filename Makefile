@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # Threads that spin at a barrier take a small machine's only other core from the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint kernels install-check clean
 
 demo: $(VENV)/built
 	$(RUN) -m topn_gating demo $(ARGS)
@@ -20,6 +20,15 @@ bench: $(VENV)/built
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+
+kernels: $(VENV)/installed
+	$(VENV)/bin/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
+	$(VENV)/bin/cmake --build build/cmake --parallel 2
+
+# The package as a user installs it, imported from a folder that is not this one.
+install-check: $(VENV)/built
+	$(PIP) install --no-build-isolation --no-deps --upgrade --target build/site .
+	cd build/site && ../../$(RUN) -m topn_gating info
 
 clean:
 	rm -rf $(VENV) build topn_gating/*.so

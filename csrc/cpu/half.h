@@ -89,14 +89,6 @@ TOPN_ALWAYS void store_one(T* p, RealOf<T> value) {
   }
 }
 
-// The same values in another precision.
-TOPN_ALWAYS void convert(const Floats* from, int count, Doubles* to) {
-  for (int i = 0; i < count; ++i) {
-    const auto wide = __builtin_convertvector(from[i], Vector<double, width<float>>);
-    std::memcpy(to + 2 * i, &wide, sizeof wide);
-  }
-}
-
 // A row of `size` elements as vectors of R; entries past the end hold `rest`.
 template <class R, class T>
 TOPN_ALWAYS void load_row(const T* p, int size, R rest, Vector<R>* to) {
@@ -112,7 +104,12 @@ TOPN_ALWAYS void load_row(const T* p, int size, R rest, Vector<R>* to) {
     }
   } else {
     constexpr int w = width<R>;
-    for (int i = 0; i < size; i += w) {
+    int i = 0;
+    for (; i + own <= size; i += own) {
+      const auto wide = __builtin_convertvector(load_real(p + i), Vector<R, own>);
+      std::memcpy(to + i / w, &wide, sizeof wide);
+    }
+    for (; i < size; i += w) {
       Vector<R> v = Vector<R>{} + rest;
       for (int j = 0; j < w && i + j < size; ++j) v[j] = load_one(p + i + j);
       to[i / w] = v;
