@@ -50,7 +50,7 @@ struct GateBackward {
   const void* logits;
   const void* noise;
   const bool* padding_mask;
-  const int32_t* expert;
+  const int32_t* expert;     // (g, n, k); out of range: read as 0
   const int32_t* top_count;  // all zeros where the forward was asked for no losses
   void* grad_logits;         // (g, n, e), the dtype of the logits
 };

@@ -61,7 +61,7 @@ class Gate(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, noise, padding_mask, _, ctx.eps, ctx.noise_mult, ctx.soft, _ = inputs
+        logits, noise, padding_mask, _, ctx.eps, ctx.noise_mult, ctx.soft, ctx.losses = inputs
         _, expert, _, top_count, _, _ = output
         ctx.save_for_backward(logits, noise, padding_mask, expert, top_count)
         ctx.set_materialize_grads(False)
@@ -70,6 +70,8 @@ class Gate(Function):
     @once_differentiable
     def backward(ctx, grad_weight, _expert, grad_importance, _top_count, grad_balance_loss, grad_router_z_loss):
         logits, noise, padding_mask, expert, top_count = ctx.saved_tensors
+        if not ctx.losses:  # constants
+            grad_importance = grad_balance_loss = grad_router_z_loss = None
         grad_logits = _ops.gate_backward.default(
             grad_weight,
             grad_importance,

@@ -45,9 +45,9 @@ void add_to(double* sums, const Floats* row, int experts) {
 template <class R>
 void normalise(R* v, int64_t top_n, double eps) {
   if (top_n == 1) return;
-  R sum = 0;
-  for (int64_t k = 0; k < top_n; ++k) sum += v[k];
-  const R denominator = sum < R(eps) ? R(eps) : sum;
+  double sum = 0;
+  for (int64_t k = 0; k < top_n; ++k) sum += double(v[k]);
+  const R denominator = R(sum < eps ? eps : sum);
   for (int64_t k = 0; k < top_n; ++k) v[k] /= denominator;
 }
 

@@ -15,11 +15,11 @@ struct Gradient {
   Row<R, T> row;
   Scratch<V> importance, grad_p;
   Scratch<R> v, grad_v;
-  Scratch<double> double_v;
+  Scratch<int32_t> expert;  // of the token
 
   Gradient(const GateBackward& args, const double* z)
       : a(args), z_scale(z), row(args.experts), importance(row.lanes.count), grad_p(row.lanes.count), v(args.top_n),
-        grad_v(args.top_n), double_v(args.top_n) {}
+        grad_v(args.top_n), expert(args.top_n) {}
 
   // The gradient that every real token of the group gets at its gates, from the two sums over tokens.
   void start_group(int64_t group) {
@@ -45,17 +45,23 @@ struct Gradient {
       grad_v[0] = R(grad_w[0]);
       return;
     }
-    R sum = 0, dot = 0;
-    for (int64_t k = 0; k < a.top_n; ++k) sum += v[k];
-    const bool clamped = sum < R(a.eps);
-    const R denominator = clamped ? R(a.eps) : sum;
+    double sum = 0, dot = 0;
+    for (int64_t k = 0; k < a.top_n; ++k) sum += double(v[k]);
+    const bool clamped = sum < a.eps;
+    const double denominator = clamped ? a.eps : sum;
     if (!clamped) {
-      for (int64_t k = 0; k < a.top_n; ++k) dot += R(grad_w[k]) * (v[k] / denominator);
+      for (int64_t k = 0; k < a.top_n; ++k) dot += double(grad_w[k]) * (double(v[k]) / denominator);
     }
-    for (int64_t k = 0; k < a.top_n; ++k) grad_v[k] = (R(grad_w[k]) - dot) / denominator;
+    for (int64_t k = 0; k < a.top_n; ++k) grad_v[k] = R((double(grad_w[k]) - dot) / denominator);
   }
 
-  void through_soft(const int32_t* expert, const Real* grad_w) {
+  // Indices made up by a caller stay inside the row.
+  void read_experts(int64_t token) {
+    const int32_t* given = a.expert + token * a.top_n;
+    for (int64_t k = 0; k < a.top_n; ++k) expert[k] = given[k] >= 0 && given[k] < a.experts ? given[k] : 0;
+  }
+
+  void through_soft(const Real* grad_w) {
     if constexpr (std::is_same_v<R, double>) {
       auto& lanes = row.lanes;
       Scratch<V> q(lanes.count);
@@ -63,11 +69,11 @@ struct Gradient {
       const SoftTopN soft(lanes, lanes.experts, int(a.top_n), static_cast<V*>(q));
       for (int64_t k = 0; k < a.top_n; ++k) v[k] = soft.score(lanes.at(q, expert[k]));
       weights(grad_w);
-      soft.backward(lanes, q, expert, static_cast<const double*>(grad_v), int(a.top_n), static_cast<V*>(grad_p));
+      soft.backward(lanes, q, static_cast<const int32_t*>(expert), static_cast<const double*>(grad_v), int(a.top_n), static_cast<V*>(grad_p));
     }
   }
 
-  void through_gates(const int32_t* expert, const Real* grad_w) {
+  void through_gates(const Real* grad_w) {
     auto& lanes = row.lanes;
     for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
     for (int64_t k = 0; k < a.top_n; ++k) v[k] = lanes.at(row.s, expert[k]);
@@ -79,7 +85,6 @@ struct Gradient {
     auto& lanes = row.lanes;
     T* grad = static_cast<T*>(a.grad_logits) + token * a.experts;
     const bool real = a.padding_mask == nullptr || a.padding_mask[token];
-    const int32_t* expert = a.expert + token * a.top_n;
     const Real* grad_w = a.grad_weight == nullptr ? nullptr : static_cast<const Real*>(a.grad_weight) + token * a.top_n;
     if (!real && (grad_w == nullptr || std::all_of(grad_w, grad_w + a.top_n, [](Real g) { return g == 0; }))) {
       std::memset(grad, 0, a.experts * sizeof(T));  // whatever the padding holds, NaN too
@@ -88,7 +93,8 @@ struct Gradient {
     row.read(a.logits, a.noise, a.noise_mult, token);
     softmax(lanes, static_cast<V*>(row.s));
     if (grad_w != nullptr) {
-      a.soft ? through_soft(expert, grad_w) : through_gates(expert, grad_w);
+      read_experts(token);
+      a.soft ? through_soft(grad_w) : through_gates(grad_w);
     } else {
       for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
     }

@@ -1,0 +1,300 @@
+"""What the operator tests share: backends, random cases with their oracle, comparisons, and tampered indices.
+
+A case knows its inputs, runs an operator on a backend, and evaluates ``topn_gating.reference`` on the same inputs. Results
+come back on the CPU whatever the backend.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topn_gating import Routing, reference
+from topn_gating.ops import POLICIES, real_dtype
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+EPS = 1e-9
+
+
+class Backend(NamedTuple):
+    """Where an operator runs: ``torch.ops.<namespace>`` on tensors of ``device``."""
+
+    namespace: str
+    device: str
+
+    def __call__(self, name: str, *args):
+        out = getattr(getattr(torch.ops, self.namespace), name)(*to(self.device, args))
+        return out.cpu() if isinstance(out, Tensor) else to("cpu", out)
+
+
+def to(device: str, args: tuple) -> tuple:
+    return tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
+
+
+class GateResult(NamedTuple):
+    weight: Tensor
+    expert: Tensor
+    importance: Tensor
+    top_count: Tensor
+    balance_loss: Tensor
+    router_z_loss: Tensor
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """The differentiable outputs, in the order in which ``gate_backward`` takes their gradients."""
+        return self.weight, self.importance, self.balance_loss, self.router_z_loss
+
+
+@dataclass
+class GateCase:
+    logits: Tensor
+    top_n: int
+    noise: Tensor | None = None
+    mask: Tensor | None = None
+    eps: float = EPS
+    noise_mult: float = 1.0
+    soft: bool = False
+    losses: bool = True
+
+    @property
+    def args(self) -> tuple:
+        return self.logits, self.noise, self.mask, self.top_n, self.eps, self.noise_mult, self.soft, self.losses
+
+    def run(self, backend: Backend) -> GateResult:
+        return GateResult(*backend("gate", *self.args))
+
+    def backward(self, backend: Backend, grads: tuple[Tensor | None, ...]) -> Tensor:
+        out = self.run(backend)
+        saved = self.logits, self.noise, self.mask, out.expert, out.top_count
+        return backend("gate_backward", *grads, *saved, self.eps, self.noise_mult, self.soft)
+
+    def scores(self) -> Tensor:
+        """The scores ``s`` of SPEC step 3, in float64."""
+        s = self.logits.detach().double()
+        return s if self.noise is None else s + self.noise_mult * reference.gumbel(self.noise.double())
+
+    def oracle(self, logits: Tensor | None = None) -> GateResult:
+        """The reference in float64."""
+        weight, expert, importance, balance_loss, z_loss = reference.gate(
+            self.logits.double() if logits is None else logits,
+            top_n=self.top_n,
+            eps=self.eps,
+            noise=None if self.noise is None else self.noise.double(),
+            noise_mult=self.noise_mult,
+            padding_mask=self.mask,
+            differentiable_topk=self.soft,
+        )
+        real = torch.ones_like(expert[..., 0], dtype=torch.bool) if self.mask is None else self.mask
+        chosen = torch.arange(self.logits.shape[-1]) == expert[..., :1]
+        top_count = (chosen & real.unsqueeze(-1)).sum(-2).int()
+        return GateResult(weight, expert, importance, top_count, balance_loss, z_loss)
+
+    def oracle_gradient(self, grads: tuple[Tensor | None, ...]) -> Tensor:
+        """Autograd of the float64 reference."""
+        logits = self.logits.detach().double().requires_grad_()
+        outputs = self.oracle(logits).floats
+        wanted = [(out, grad.double()) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        return torch.autograd.grad([out for out, _ in wanted], logits, [grad for _, grad in wanted])[0]
+
+    def random_gradients(self) -> tuple[Tensor, ...]:
+        *lead, e = self.logits.shape
+        shapes = (*lead, self.top_n), (*lead[:-1], e), (), ()
+        return tuple(torch.randn(s, dtype=real_dtype(self.logits.dtype)) for s in shapes)
+
+
+def gate_case(shape: tuple[int, ...], top_n: int, *, dtype=torch.float32, noise=False, mask=False, **options) -> GateCase:
+    logits = torch.randn(shape, dtype=torch.float64).to(dtype)
+    uniform = torch.rand(shape, dtype=real_dtype(dtype)) if noise else None
+    return GateCase(logits, top_n, uniform, torch.rand(shape[:-1]) < 0.7 if mask else None, **options)
+
+
+class AssignResult(NamedTuple):
+    kept: Tensor
+    slot: Tensor
+    source: Tensor
+    demand: Tensor
+
+
+@dataclass
+class AssignCase:
+    weight: Tensor
+    expert: Tensor
+    num_gates: int
+    capacity: int
+    policy: str = "all"
+    draws: Tensor | None = None
+    threshold: Tensor | None = None
+    mask: Tensor | None = None
+    eps: float = EPS
+
+    @property
+    def args(self) -> tuple:
+        policy = POLICIES.index(self.policy)
+        tensors = self.weight, self.expert, self.draws, self.threshold, self.mask
+        return *tensors, self.num_gates, self.capacity, policy, self.eps
+
+    def run(self, backend: Backend) -> AssignResult:
+        return AssignResult(*backend("assign", *self.args))
+
+    def oracle(self) -> AssignResult:
+        """The reference in the weight's own type: the comparisons of SPEC step 7 are exact."""
+        options = dict(vars(self))
+        weight, expert, mask = (options.pop(name) for name in ("weight", "expert", "mask"))
+        return AssignResult(*reference.assign(weight, expert, padding_mask=mask, **options))
+
+
+def assign_case(
+    lead: tuple[int, ...], num_gates: int, top_n: int, capacity: int, policy: str = "all", *, dtype=torch.float32, mask=False
+) -> AssignCase:
+    """Tokens ``lead`` (groups and positions) on experts of uneven popularity, so that some overflow and some stay empty."""
+    scores = torch.randn((*lead, num_gates), dtype=dtype) + 2 * torch.rand(num_gates, dtype=dtype)
+    weight, expert = scores.softmax(-1).topk(top_n, dim=-1)
+    return AssignCase(
+        weight / weight.sum(-1, keepdim=True),
+        expert.int(),
+        num_gates,
+        capacity,
+        policy,
+        draws=torch.rand(weight.shape, dtype=dtype) if policy == "random" else None,
+        threshold=torch.rand(top_n, dtype=dtype) if policy in ("random", "threshold") else None,
+        mask=torch.rand(lead) < 0.7 if mask else None,
+    )
+
+
+def by_group(t: Tensor, dims: int) -> Tensor:
+    """All but the last ``dims`` dimensions as one."""
+    return t.reshape(t.shape[:-dims].numel(), *t.shape[-dims:])
+
+
+def check_assignment(case: AssignCase, out: AssignResult) -> None:
+    """What SPEC promises of any assignment, whatever the order in which it is computed."""
+    tokens, top_n = out.slot.shape[-2:]
+    experts, capacity, held = case.num_gates, case.capacity, out.slot >= 0
+    assert ((out.slot >= -2) & (out.slot < capacity)).all()
+    assert_same_bits(out.kept, case.weight.where(held, 0))
+    place = torch.where(held, case.expert.long() * capacity + out.slot, -1)
+    for pairs, source, demand in zip(by_group(place, 2), by_group(out.source, 2), by_group(out.demand, 1), strict=True):
+        pairs, source = pairs.flatten(), source.flatten()
+        taken = pairs[pairs >= 0]
+        assert len(taken.unique()) == len(taken)  # no two pairs of a group in one slot
+        back = torch.full_like(source, -1).scatter(0, taken, (pairs >= 0).nonzero()[:, 0].int())
+        assert_same_bits(source, back)  # source is the inverse
+        source = source.view(experts, capacity)
+        filled = source >= 0
+        assert_same_bits(filled.sum(-1).int(), demand.clamp(max=capacity))  # conservation
+        assert (filled.int().diff(dim=-1) <= 0).all()  # slots fill from the front
+        order = source % top_n * tokens + source // top_n
+        assert (order.diff(dim=-1)[filled[:, 1:]] > 0).all()  # first by rank, then by token
+
+
+@dataclass
+class Assignment:
+    """Inputs of ``dense``, ``dispatch`` and ``combine``."""
+
+    weight: Tensor
+    expert: Tensor
+    slot: Tensor
+    source: Tensor
+    straight_through: bool = True
+
+    @property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.expert, self.slot, self.source
+
+    def routing(self, weight: Tensor | None = None) -> Routing:
+        weight = self.weight if weight is None else weight
+        return Routing(self.expert, weight, self.slot, self.source, None, None, None, self.straight_through)
+
+
+def assignment(
+    lead: tuple[int, ...], num_gates: int, top_n: int, capacity: int, *, dtype=torch.float32, straight_through=True
+) -> Assignment:
+    """A random assignment, made by the reference; a third of the later ranks is below the threshold."""
+    case = assign_case(lead, num_gates, top_n, capacity, "threshold", dtype=real_dtype(dtype))
+    case.threshold = case.weight.flatten(0, -2).quantile(1 / 3, dim=0) if case.weight.numel() else case.threshold
+    out = case.oracle()
+    return Assignment(out.kept, case.expert, out.slot, out.source, straight_through)
+
+
+def in_range(a: Assignment) -> Tensor:
+    """Pairs whose expert and slot exist, ``(…, n, k)``: those that ``dense`` shows."""
+    num_gates, capacity = a.source.shape[-2:]
+    return (a.expert >= 0) & (a.expert < num_gates) & (a.slot >= 0) & (a.slot < capacity)
+
+
+def honest(a: Assignment) -> Assignment:
+    """What is left of tampered indices: pairs that hold a slot in range which names them as its source."""
+    *lead, tokens, top_n = a.slot.shape
+    num_gates, capacity = a.source.shape[-2:]
+    size = num_gates * capacity
+    place = torch.where(in_range(a), a.expert.long() * capacity + a.slot, size).flatten(-2)
+    pair = torch.arange(tokens * top_n).expand(*lead, -1)
+    named = torch.cat([a.source.flatten(-2), a.source.new_full((*lead, 1), -1)], -1).gather(-1, place) == pair
+    place = place.where(named, size)
+    source = torch.full((*lead, size + 1), -1).scatter(-1, place, pair)[..., :-1].unflatten(-1, (num_gates, capacity))
+    return replace(a, slot=a.slot.where(named.unflatten(-1, (tokens, top_n)), -1), source=source.int())
+
+
+def tampered(a: Assignment, share: float = 0.3) -> Assignment:
+    """Indices replaced here and there by others, in range or far out of it."""
+
+    def tamper(t: Tensor, size: int) -> Tensor:
+        evil = torch.tensor([INT_MIN, INT_MIN + 1, -3, -2, -1, 0, size - 1, size, size + 1, 2**30, INT_MAX - 1, INT_MAX])
+        outside, inside = evil[torch.randint(len(evil), t.shape)], torch.randint(max(size, 1), t.shape)
+        new = torch.where(torch.rand(t.shape) < 0.5, outside, inside)
+        return torch.where(torch.rand(t.shape) < share, new.int(), t)
+
+    num_gates, capacity = a.source.shape[-2:]
+    pairs = a.slot.shape[-2] * a.slot.shape[-1]
+    return replace(a, expert=tamper(a.expert, num_gates), slot=tamper(a.slot, capacity), source=tamper(a.source, pairs))
+
+
+def assert_same_bits(actual, expected) -> None:
+    """Equal to the bit, NaN and the sign of zero included; tensors or sequences of them."""
+    if not isinstance(actual, Tensor):
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_bits(a, b)
+        return
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.itemsize]
+    torch.testing.assert_close(actual.contiguous().view(bits), expected.contiguous().view(bits), rtol=0, atol=0)
+
+
+def assert_relative(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    """SPEC's numerics: relative error of each element, 1e-6 for float32 and 1e-12 for float64."""
+    tolerance = tolerance or (1e-12 if actual.dtype == torch.float64 else 1e-6)
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0, equal_nan=True)
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Sums that may cancel: error within a few roundings of the type, relative to the largest element."""
+    real, info = 1e-12 if actual.dtype == torch.float64 else 2e-6, torch.finfo(actual.dtype)
+    rounding = 0.0 if real_dtype(actual.dtype) == actual.dtype else info.eps
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    least = info.smallest_normal * info.eps  # denormals are its multiples
+    torch.testing.assert_close(actual.double(), expected, rtol=real + rounding, atol=real * largest + least)
+
+
+def assert_same_for_any_schedule(run) -> None:
+    """``run()`` gives the same bits again, for any number of threads, and under deterministic algorithms."""
+    expected = run()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        for count, flag in ((1, False), (2, False), (2, False), (3, False), (2, True)):
+            torch.set_num_threads(count)
+            torch.use_deterministic_algorithms(flag)
+            assert_same_bits(run(), expected)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def spread(t: Tensor) -> Tensor:
+    """The same values in a layout with no stride of a contiguous tensor."""
+    if t.dim() == 0:
+        return t
+    view = torch.stack([t, torch.ones_like(t)], -1).transpose(0, -2).contiguous()[..., 0].transpose(0, -1)  # and gaps of 2
+    assert t.numel() < 2 or not view.is_contiguous()
+    return view

@@ -1,0 +1,51 @@
+"""Fixtures of every test file, and Hypothesis' profile."""
+
+import pytest
+import torch
+from cases import Backend
+from hypothesis import settings
+
+from topn_gating import ops
+
+settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=200, database=None)
+settings.load_profile("same every time")
+
+# Where the operator tests run. An entry is all that a further backend needs.
+BACKENDS = {"cpu": Backend("topn_gating", "cpu")}
+DEVICES = sorted({b.device for b in BACKENDS.values() if b.namespace == "topn_gating"})
+
+DOORS = {
+    "torch.ops": lambda name: getattr(torch.ops.topn_gating, name),
+    "Function.apply": lambda name: getattr(ops, name.title()).apply,
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=BACKENDS.values(), ids=BACKENDS.keys())
+def backend(request):
+    """The operators, forward and ``*_backward``, without autograd."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request):
+    """Devices for what goes through autograd."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=DOORS.values(), ids=DOORS.keys())
+def door(request):
+    """The two ways to an operator that autograd knows: ``door(name)`` is callable."""
+    return request.param
+
+
+@pytest.fixture
+def nan_memory():
+    """New tensors start as NaN, or the largest integer: an element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

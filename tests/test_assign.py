@@ -1,0 +1,226 @@
+"""``assign``: threshold masking and capacity assignment, bit for bit against the reference and against SPEC's walk."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import (
+    INT_MAX,
+    INT_MIN,
+    AssignCase,
+    AssignResult,
+    assert_same_bits,
+    assert_same_for_any_schedule,
+    assign_case,
+    check_assignment,
+    spread,
+)
+
+from topn_gating.ops import POLICIES
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+policies = pytest.mark.parametrize("policy", POLICIES)
+reals = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def walk(case: AssignCase) -> AssignResult:
+    """SPEC steps 7 and 8 as they read, pair by pair; experts out of range are not routed. One group."""
+    (tokens, top_n), size = case.weight.shape, (case.num_gates, case.capacity)
+    slot, source, taken = torch.full((tokens, top_n), -1), torch.full(size, -1), [0] * case.num_gates
+    for k in range(top_n):
+        for n in range(tokens):
+            w, e = case.weight[n, k], int(case.expert[n, k])
+            if k == 0 or case.policy == "all":
+                routed = True
+            elif case.policy == "random":
+                routed = bool(case.draws[n, k] < w / case.threshold[k].clamp(min=case.eps))
+            else:
+                routed = case.policy == "threshold" and bool(w > case.threshold[k])
+            if not routed or not 0 <= e < case.num_gates or (case.mask is not None and not case.mask[n]):
+                continue
+            slot[n, k] = taken[e] if taken[e] < case.capacity else -2
+            if taken[e] < case.capacity:
+                source[e, taken[e]] = n * top_n + k
+            taken[e] += 1
+    kept = case.weight.where(slot >= 0, 0)
+    return AssignResult(kept, slot.int(), source.int(), torch.tensor(taken, dtype=torch.int32))
+
+
+@policies
+@reals
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("top_n", [1, 2, 3, 4, 5])
+def test_equals_the_reference(backend, policy, dtype, mask, top_n):
+    for tokens, experts, capacity in ((1, 5, 1), (7, 5, 2), (33, 6, 33), (64, 9, 8), (130, 16, 5), (257, 40, 11)):
+        case = assign_case((3, tokens), experts, top_n, capacity, policy, dtype=dtype, mask=mask)
+        out = case.run(backend)
+        assert_same_bits(out, case.oracle())
+        check_assignment(case, out)
+
+
+@policies
+@pytest.mark.parametrize(
+    ("groups", "tokens", "experts", "top_n", "capacity"),
+    [
+        (1, 5000, 16, 2, 390),
+        (1, 5000, 3, 3, 5000),
+        (1, 4999, 1, 1, 7),
+        (1, 5001, 64, 5, 1),
+        (1, 2048, 1024, 2, 4),
+        (2, 4096, 257, 3, 20),
+        (300, 17, 8, 2, 4),
+        (300, 1, 4, 4, 1),
+        (40, 129, 12, 3, 14),
+    ],
+)
+def test_one_long_group_and_many_short_ones(backend, policy, groups, tokens, experts, top_n, capacity):
+    case = assign_case((groups, tokens), experts, top_n, capacity, policy, mask=True)
+    assert_same_bits(case.run(backend), case.oracle())
+
+
+@policies
+@reals
+@pytest.mark.parametrize("capacity", [1, 2, 9, 40])
+def test_equals_the_walk(backend, policy, dtype, capacity):
+    case = assign_case((40,), 5, 4, capacity, policy, dtype=dtype, mask=True)
+    assert_same_bits(case.run(backend), walk(case))
+
+
+@policies
+def test_any_expert_in_a_direct_call(backend, policy):
+    case = assign_case((60,), 6, 3, 7, policy, mask=True)
+    case.expert = torch.randint(6, (60, 3), dtype=torch.int32)  # a token may name one expert twice
+    wrong = torch.rand(60, 3) < 0.4
+    evil = torch.tensor([INT_MIN, INT_MIN + 1, -2, -1, 6, 7, 2**24, INT_MAX], dtype=torch.int32)
+    case.expert[wrong] = evil[torch.randint(len(evil), (int(wrong.sum()),))]
+    out = case.run(backend)
+    assert_same_bits(out, walk(case))
+    assert (out.slot[wrong] == -1).all()
+
+
+def test_every_token_wants_one_expert(backend):
+    case = AssignCase(torch.rand(1, 3000, 1), torch.full((1, 3000, 1), 2, dtype=torch.int32), 4, 2500)
+    out = case.run(backend)
+    assert_same_bits(out.slot[0, :, 0], torch.cat([torch.arange(2500), torch.full((500,), -2)]).int())
+    assert out.demand.tolist() == [[0, 0, 3000, 0]]
+
+
+def test_later_ranks_queue_behind_all_earlier_ones(backend):
+    """Peers that offset a rank by the one before it alone put three tokens in one slot here (SPEC D2)."""
+    expert = torch.tensor([[0, 1, 2], [1, 0, 2], [1, 2, 0]], dtype=torch.int32)
+    out = AssignCase(torch.rand(3, 3), expert, 3, 4).run(backend)
+    assert out.slot.tolist() == [[0, 2, 1], [0, 1, 2], [1, 0, 2]]
+    assert out.source.tolist() == [[0, 4, 8, -1], [3, 6, 1, -1], [7, 2, 5, -1]]
+
+
+def test_comparisons_are_strict(backend):
+    weight, expert = torch.tensor([[0.5, 0.25], [0.5, 0.25]]), torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
+    at, above = torch.tensor([0.0, 0.25]), torch.tensor([0.0, 0.25]).nextafter(torch.tensor(-1.0))
+    assert AssignCase(weight, expert, 2, 4, "threshold", threshold=at).run(backend).slot[:, 1].tolist() == [-1, -1]
+    assert AssignCase(weight, expert, 2, 4, "threshold", threshold=above).run(backend).slot[:, 1].tolist() == [0, 1]
+    draws = torch.tensor([[0.9, 0.5], [0.9, 0.5 - 2**-25]])
+    case = AssignCase(weight, expert, 2, 4, "random", draws=draws, threshold=torch.tensor([9.0, 0.5]))
+    assert case.run(backend).slot.tolist() == [[0, -1], [1, 0]]
+
+
+def test_threshold_of_zero_is_eps(backend):
+    case = assign_case((50,), 4, 3, 20, "random")
+    case.weight *= torch.tensor([1, 1e-9, 0])
+    case.threshold = torch.tensor([0, 0, 0.0])
+    out = case.run(backend)
+    assert_same_bits(out, case.oracle())
+    assert (out.slot[:, 1] >= 0).any()
+    assert (out.slot[:, 1] == -1).any()
+    assert (out.slot[:, 2] == -1).all()
+
+
+@policies
+def test_weights_that_are_no_numbers(backend, policy):
+    """Rank 0 is routed whatever its weight; a NaN passes no threshold, and no other token notices."""
+    case = assign_case((30,), 5, 3, 4, policy)
+    case.weight[torch.rand(30) < 0.3] = float("nan")
+    case.weight[7] = float("inf")
+    out = case.run(backend)
+    assert_same_bits(out, walk(case))
+    assert (out.slot[:, 0] != -1).all()
+
+
+def test_policies_ignore_what_they_do_not_need(backend):
+    case = assign_case((2, 30), 5, 3, 4, "random")
+    for policy in ("all", "none"):
+        lean = replace(case, policy=policy, draws=None, threshold=None)
+        assert_same_bits(replace(case, policy=policy).run(backend), lean.run(backend))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)])
+def test_leading_dimensions_are_groups(backend, lead):
+    case = assign_case((*lead, 20), 5, 3, 4, "random", mask=True)
+    out = case.run(backend)
+    assert out.source.shape == (*lead, 5, 4)
+    assert out.demand.shape == (*lead, 5)
+    assert_same_bits(out, case.oracle())
+
+
+@policies
+@pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 4), (2, 0, 4)])
+def test_nothing_to_assign(backend, policy, lead):
+    case = assign_case(lead, 5, 2, 3, policy, mask=True)
+    assert_same_bits(case.run(backend), case.oracle())
+
+
+def test_all_padding(backend):
+    case = replace(assign_case((2, 20), 5, 3, 4), mask=torch.zeros(2, 20, dtype=torch.bool))
+    kept, slot, source, demand = case.run(backend)
+    assert (slot == -1).all()
+    assert (source == -1).all()
+    assert not kept.any()
+    assert not demand.any()
+
+
+def test_any_layout(backend):
+    case = assign_case((3, 20), 5, 3, 4, "random", mask=True)
+    names = "weight", "expert", "draws", "threshold", "mask"
+    strided = replace(case, **{name: spread(getattr(case, name)) for name in names})
+    assert_same_bits(strided.run(backend), case.run(backend))
+    wide = replace(case, weight=case.weight[:1].expand(3, -1, -1), expert=case.expert[:1].expand(3, -1, -1))
+    full = replace(case, weight=wide.weight.contiguous(), expert=wide.expert.contiguous())
+    assert_same_bits(wide.run(backend), full.run(backend))
+
+
+@reals
+def test_gradient_reaches_kept_weights_alone(backend, dtype):
+    case = assign_case((3, 40), 5, 3, 4, "threshold", dtype=dtype)
+    slot = case.run(backend).slot
+    grad = torch.randn(slot.shape, dtype=dtype)
+    grad[slot < 0] = float("nan")
+    expected = grad.where(slot >= 0, 0)
+    assert expected.any()
+    assert_same_bits(backend("assign_backward", grad, slot), expected)
+    assert_same_bits(backend("assign_backward", spread(grad), spread(slot)), expected)
+    one = torch.ones((), dtype=dtype).expand(slot.shape)
+    assert_same_bits(backend("assign_backward", one, slot), (slot >= 0).to(dtype))
+
+
+@policies
+def test_gradcheck(door, device, policy):
+    case = assign_case((2, 6), 4, 3, 2, policy, dtype=torch.float64)
+    weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
+    assert torch.autograd.gradcheck(lambda w: door("assign")(w, *rest)[0], weight.requires_grad_())
+    assert [t.requires_grad for t in door("assign")(weight, *rest)] == [True, False, False, False]
+
+
+@policies
+@reals
+@pytest.mark.parametrize("mask", [False, True])
+def test_opcheck(device, policy, dtype, mask):
+    case = assign_case((2, 6), 4, 3, 2, policy, dtype=dtype, mask=mask)
+    weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
+    torch.library.opcheck(torch.ops.topn_gating.assign.default, (weight.requires_grad_(), *rest))
+
+
+@pytest.mark.parametrize("lead", [(1, 40001), (7, 6000), (900, 50)])
+def test_same_for_any_schedule(backend, lead):
+    case = assign_case(lead, 16, 3, max(4, lead[-1] // 8), "random", mask=True)
+    grad = torch.randn_like(case.weight)
+    assert_same_for_any_schedule(lambda: (*(out := case.run(backend)), backend("assign_backward", grad, out.slot)))
