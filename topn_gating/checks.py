@@ -33,7 +33,7 @@ def check_positive(name: str, value: float) -> None:
     """Raises unless ``value`` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and above 0, got {value}")
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_floating, check_positive, check_top_n, threshold_per_rank
-from .ops import POLICIES
+from .ops import POLICIES, autocast_dtype
 from .routing import BALANCE_ON, Routing, expert_capacity, route
 
 
@@ -130,8 +130,11 @@ class TopNGating(nn.Module):
         """Gate logits ``(…, n, e)`` of tokens ``x`` ``(…, n, dim)`` (SPEC step 2)."""
         if self.router_dtype is None:
             return self.to_gates(x)
+        operands = x.to(self.router_dtype), self.to_gates.weight.to(self.router_dtype)
+        if autocast_dtype(x.device) is None:
+            return F.linear(*operands)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.router_dtype), self.to_gates.weight.to(self.router_dtype))
+            return F.linear(*operands)
 
     def route(
         self,

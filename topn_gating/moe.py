@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_positive
 from .gating import TopNGating
+from .ops import autocast_dtype
 from .routing import combine, dispatch
 
 
@@ -79,8 +80,7 @@ class Experts(nn.Module):
 
 def _same_type(bias: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operands of a baddbmm: autocast casts the products but not always the bias."""
-    device = rows.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+    dtype = autocast_dtype(rows.device) or rows.dtype
     return bias.to(dtype), rows.to(dtype), weight.to(dtype)
 
 
@@ -167,7 +167,9 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.experts = experts or Experts(dim, num_experts, expert_hidden_mult, device=device, dtype=dtype)
+        if experts is None:
+            experts = Experts(dim, num_experts, expert_hidden_mult, device=device, dtype=dtype)
+        self.experts = experts
 
     def forward(
         self,

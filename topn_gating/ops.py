@@ -9,10 +9,11 @@ Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n`
 ``…`` are the groups, any number of leading dimensions.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 try:
     from . import _C
@@ -34,22 +35,54 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _run(op, *args):
-    """Calls ``op`` past its own autograd registration, inside a Function that already is one: a third of the time."""
+def apply(name: str, *args):
+    """Runs the operator ``name`` on a full list of arguments, with its gradient.
+
+    A compiler sees the operator itself. In eager mode its Function below is the shorter way: ``Function.apply`` would first
+    inspect ``forward``'s signature for defaults, and a call through the dispatcher would look for a gradient twice; each of
+    these takes longer than a small kernel.
+    """
     if torch.compiler.is_compiling():
-        return op(*args)
+        return getattr(_ops, name).default(*args)
+    if torch._C._are_functorch_transforms_active():
+        return FUNCTIONS[name].apply(*args)
+    return super(Function, FUNCTIONS[name]).apply(*args)
+
+
+def _forward(op, *args):
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-def apply(function: type[Function], *args):
-    """``function.apply(*args)`` for a full list of arguments.
+class SecondOrder(Function):
+    """Stands between the results of a backward and what they depend on, to say that the way ends here."""
 
-    ``Function.apply`` first inspects ``forward``'s signature for defaults, which takes longer than a small kernel.
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("topn_gating has first derivatives alone: its backward cannot be differentiated")
+
+
+def _first_order(backward):
+    """Makes a second derivative an error: these gradients are kernels, through which autograd sees nothing.
+
+    ``torch.autograd.function.once_differentiable`` looks at the incoming gradients alone, not at the saved tensors. ``backward``
+    takes these after ``ctx``: activation checkpointing lets them be unpacked once.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(Function, function).apply(*args)
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            outputs = backward(ctx, saved, *grads)
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            return SecondOrder.apply(len(outputs), *outputs, *grads, *saved)
+        return outputs
+
+    return wrapper
 
 
 class Gate(Function):
@@ -57,7 +90,7 @@ class Gate(Function):
 
     @staticmethod
     def forward(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
-        return _run(_ops.gate.default, logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses)
+        return _forward(_ops.gate.default, logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -67,9 +100,9 @@ class Gate(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_weight, _expert, grad_importance, _top_count, grad_balance_loss, grad_router_z_loss):
-        logits, noise, padding_mask, expert, top_count = ctx.saved_tensors
+    @_first_order
+    def backward(ctx, saved, grad_weight, _expert, grad_importance, _top_count, grad_balance_loss, grad_router_z_loss):
+        logits, noise, padding_mask, expert, top_count = saved
         if not ctx.losses:  # constants
             grad_importance = grad_balance_loss = grad_router_z_loss = None
         grad_logits = _ops.gate_backward.default(
@@ -94,7 +127,7 @@ class Assign(Function):
 
     @staticmethod
     def forward(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
-        return _run(_ops.assign.default, weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps)
+        return _forward(_ops.assign.default, weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,9 +136,9 @@ class Assign(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_kept, _slot, _source, _demand):
-        (slot,) = ctx.saved_tensors
+    @_first_order
+    def backward(ctx, saved, grad_kept, _slot, _source, _demand):
+        (slot,) = saved
         grad_weight = None if grad_kept is None else _ops.assign_backward.default(grad_kept, slot)
         return grad_weight, None, None, None, None, None, None, None, None
 
@@ -115,7 +148,7 @@ class Dense(Function):
 
     @staticmethod
     def forward(weight, expert, slot, num_gates, capacity, dtype, straight_through):
-        return _run(_ops.dense.default, weight, expert, slot, num_gates, capacity, dtype, straight_through)
+        return _forward(_ops.dense.default, weight, expert, slot, num_gates, capacity, dtype, straight_through)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -124,9 +157,9 @@ class Dense(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_dispatch, grad_combine):
-        expert, slot = ctx.saved_tensors
+    @_first_order
+    def backward(ctx, saved, grad_dispatch, grad_combine):
+        expert, slot = saved
         grad_weight = None
         if not ctx.straight_through:
             grad_dispatch = None
@@ -140,7 +173,7 @@ class Dispatch(Function):
 
     @staticmethod
     def forward(x, weight, expert, slot, source, straight_through):
-        return _run(_ops.dispatch.default, x, weight, expert, slot, source, straight_through)
+        return _forward(_ops.dispatch.default, x, weight, expert, slot, source, straight_through)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -149,9 +182,9 @@ class Dispatch(Function):
         ctx.save_for_backward(x if needs_weight else None, expert, slot, source)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        x, expert, slot, source = ctx.saved_tensors
+    @_first_order
+    def backward(ctx, saved, grad_y):
+        x, expert, slot, source = saved
         grad_x, grad_weight = _ops.dispatch_backward.default(grad_y, x, expert, slot, source)
         return grad_x, None if x is None else grad_weight, None, None, None, None
 
@@ -161,16 +194,16 @@ class Combine(Function):
 
     @staticmethod
     def forward(y, weight, expert, slot, source):
-        return _run(_ops.combine.default, y, weight, expert, slot, source)
+        return _forward(_ops.combine.default, y, weight, expert, slot, source)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        grad_y, grad_weight = _ops.combine_backward.default(grad_out, *ctx.saved_tensors)
+    @_first_order
+    def backward(ctx, saved, grad_out):
+        grad_y, grad_weight = _ops.combine_backward.default(grad_out, *saved)
         return grad_y, grad_weight, None, None, None
 
 
@@ -189,16 +222,36 @@ def _vmap_rule(call):
     return rule
 
 
-for _function in (Gate, Assign, Dense, Dispatch, Combine):
-    _name = f"topn_gating::{_function.__name__.lower()}"
+FUNCTIONS: dict[str, type[Function]] = {
+    "gate": Gate,
+    "assign": Assign,
+    "dense": Dense,
+    "dispatch": Dispatch,
+    "combine": Combine,
+}
+
+for _name, _function in FUNCTIONS.items():
     _function.vmap = staticmethod(_vmap_rule(_function.apply))
-    torch.library.register_autograd(_name, _function.backward, setup_context=_function.setup_context)
-    torch.library.register_vmap(_name, _function.vmap)
-    torch.library.register_vmap(f"{_name}_backward", _vmap_rule(getattr(_ops, f"{_function.__name__.lower()}_backward")))
+    torch.library.register_autograd(f"topn_gating::{_name}", _function.backward, setup_context=_function.setup_context)
+    torch.library.register_vmap(f"topn_gating::{_name}", _function.vmap)
+    torch.library.register_vmap(f"topn_gating::{_name}_backward", _vmap_rule(getattr(_ops, f"{_name}_backward")))
 
 
-@torch.library.register_fake("topn_gating::gate")
-def _(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
+def _fake(function):
+    """Registers the shapes and dtypes of the operator that ``function`` is named after, which take tensors of one device."""
+
+    @functools.wraps(function)
+    def checked(*args):
+        devices = {str(t.device) for t in args if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{function.__name__} takes tensors of one device, got {', '.join(sorted(devices))}")
+        return function(*args)
+
+    torch.library.register_fake(f"topn_gating::{function.__name__}")(checked)
+
+
+@_fake
+def gate(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
     *lead, n, e = logits.shape
     dtype = real_dtype(logits.dtype)
     return (
@@ -211,13 +264,13 @@ def _(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
     )
 
 
-@torch.library.register_fake("topn_gating::gate_backward")
-def _(gw, gi, gb, gz, logits, noise, padding_mask, expert, top_count, eps, noise_mult, soft):
+@_fake
+def gate_backward(gw, gi, gb, gz, logits, noise, padding_mask, expert, top_count, eps, noise_mult, soft):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("topn_gating::assign")
-def _(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
+@_fake
+def assign(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
     lead = weight.shape[:-2]
     return (
         weight.new_empty(weight.shape),
@@ -227,47 +280,52 @@ def _(weight, expert, draws, threshold, padding_mask, num_gates, capacity, polic
     )
 
 
-@torch.library.register_fake("topn_gating::assign_backward")
-def _(grad_kept, slot):
+@_fake
+def assign_backward(grad_kept, slot):
     return grad_kept.new_empty(grad_kept.shape)
 
 
-@torch.library.register_fake("topn_gating::dense")
-def _(weight, expert, slot, num_gates, capacity, dtype, straight_through):
+@_fake
+def dense(weight, expert, slot, num_gates, capacity, dtype, straight_through):
     shape = (*weight.shape[:-1], num_gates, capacity)
     return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("topn_gating::dense_backward")
-def _(grad_dispatch, grad_combine, expert, slot):
+@_fake
+def dense_backward(grad_dispatch, grad_combine, expert, slot):
     grad = grad_combine if grad_dispatch is None else grad_dispatch
     return slot.new_empty(slot.shape, dtype=real_dtype(grad.dtype))
 
 
-@torch.library.register_fake("topn_gating::dispatch")
-def _(x, weight, expert, slot, source, straight_through):
+@_fake
+def dispatch(x, weight, expert, slot, source, straight_through):
     return x.new_empty((*source.shape, x.shape[-1]))
 
 
-@torch.library.register_fake("topn_gating::dispatch_backward")
-def _(grad_y, x, expert, slot, source):
+@_fake
+def dispatch_backward(grad_y, x, expert, slot, source):
     grad_x = grad_y.new_empty((*slot.shape[:-1], grad_y.shape[-1]))
     return grad_x, grad_y.new_empty((0,) if x is None else slot.shape, dtype=real_dtype(grad_y.dtype))
 
 
-@torch.library.register_fake("topn_gating::combine")
-def _(y, weight, expert, slot, source):
+@_fake
+def combine(y, weight, expert, slot, source):
     return y.new_empty((*slot.shape[:-1], y.shape[-1]))
 
 
-@torch.library.register_fake("topn_gating::combine_backward")
-def _(grad_out, y, weight, expert, slot, source):
+@_fake
+def combine_backward(grad_out, y, weight, expert, slot, source):
     return y.new_empty(y.shape), weight.new_empty(weight.shape)
 
 
 def autocast(t: Tensor) -> Tensor:
     """``t`` as an einsum under the current autocast would read it: a float type but float64 becomes the autocast type."""
-    device = t.device.type
-    if torch.is_autocast_enabled(device) and t.is_floating_point() and t.dtype != torch.float64:
-        return t.to(torch.get_autocast_dtype(device))
-    return t
+    dtype = autocast_dtype(t.device)
+    return t if dtype is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that products are computed in on ``device``, None where autocast is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -73,7 +73,7 @@ class Routing(NamedTuple):
         dtype = dtype or self.weight.dtype
         num_gates, capacity = self.source.shape[-2:]
         weight = self.weight.to(ops.real_dtype(dtype))
-        return ops.apply(ops.Dense, weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
+        return ops.apply("dense", weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
 
     def __repr__(self) -> str:
         (*groups, tokens, top_n), (num_gates, capacity) = self.expert.shape, self.source.shape[-2:]
@@ -172,12 +172,12 @@ def route(
 
     fused = differentiable_topk and differentiable_topk_fused
     weight, expert, importance, _, balance_loss, router_z_loss = ops.apply(
-        ops.Gate, logits, noise, padding_mask, top_n, eps, noise_mult, fused, losses
+        "gate", logits, noise, padding_mask, top_n, eps, noise_mult, fused, losses
     )
     if differentiable_topk and not fused:
         weight = _composed_soft_weight(logits, noise, noise_mult, expert, eps)
     kept, slot, source, demand = ops.apply(
-        ops.Assign,
+        "assign",
         weight,
         expert,
         draws if policy == "random" else None,
@@ -203,10 +203,10 @@ def dispatch(x: Tensor, routing: Routing) -> Tensor:
     Returns:
         ``(…, e, C, d)`` of x's type; rows of empty slots are 0.
     """
-    x = ops.autocast(x)
     check_rows("x", x, routing.expert.shape[:-1], routing.expert.device)
+    x = ops.autocast(x)
     weight = routing.weight.to(ops.real_dtype(x.dtype))
-    return ops.apply(ops.Dispatch, x, weight, routing.expert, routing.slot, routing.source, routing.straight_through)
+    return ops.apply("dispatch", x, weight, routing.expert, routing.slot, routing.source, routing.straight_through)
 
 
 def combine(y: Tensor, routing: Routing) -> Tensor:
@@ -219,10 +219,10 @@ def combine(y: Tensor, routing: Routing) -> Tensor:
     Returns:
         ``(…, n, d)`` of y's type: for each token the weighted sum over its experts, 0 where it was dropped by all.
     """
-    y = ops.autocast(y)
     check_rows("y", y, routing.source.shape, routing.source.device)
+    y = ops.autocast(y)
     weight = routing.weight.to(ops.real_dtype(y.dtype))
-    return ops.apply(ops.Combine, y, weight, routing.expert, routing.slot, routing.source)
+    return ops.apply("combine", y, weight, routing.expert, routing.slot, routing.source)
 
 
 def _composed_soft_weight(logits: Tensor, noise: Tensor | None, noise_mult: float, expert: Tensor, eps: float) -> Tensor:

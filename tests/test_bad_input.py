@@ -1,0 +1,295 @@
+"""SPEC's "Bad input": an error of the right type that names the argument, what it got and what it takes; never a crash."""
+
+import re
+
+import pytest
+import torch
+
+import topn_gating
+from topn_gating import MoE, TopNGating, route
+
+INF, NAN = float("inf"), float("nan")
+
+
+def gate(*args, **kwargs):
+    return TopNGating(*(args or (8, 4)), **kwargs)
+
+
+def routed(**kwargs):
+    return route(torch.zeros(2, 6, 4), **{"policy": "all", **kwargs})
+
+
+def check(call, error, *fragments):
+    """``call()`` raises ``error`` with every fragment in its message."""
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    for fragment in fragments:
+        assert re.search(rf"(?<!\w){re.escape(fragment)}(?!\w)", str(caught.value)), (fragment, str(caught.value))
+
+
+COUNTS = [(0, ValueError, "at least 1", "0"), (-3, ValueError, "at least 1", "-3"), (2.0, TypeError, "int", "float")]
+COUNTS += [(True, TypeError, "int", "bool"), ("4", TypeError, "int", "str"), (None, TypeError, "int", "NoneType")]
+POSITIVES = [(bad, ValueError, "finite", "above 0", str(float(bad))) for bad in (0.0, -1.5, INF, -INF, NAN)]
+POSITIVES += [("2", TypeError, "number", "str"), (True, TypeError, "number", "bool"), (None, TypeError, "number", "NoneType")]
+THRESHOLDS = [
+    (-0.1, ValueError, "negative", "-0.1"),
+    (NAN, ValueError, "NaN", "nan"),
+    ((0.1, -0.2), ValueError, "negative", "-0.2"),
+    ((NAN, 0.2), ValueError, "NaN", "nan"),
+    ((0.1,), ValueError, "2", "1"),  # top_n - 1 = 2 floats, got 1
+    ((0.1,) * 4, ValueError, "3", "4"),  # at most num_gates - 1 = 3, got 4
+    ((), ValueError, "2", "0"),
+    ("0.2", TypeError, "float", "'0.2'"),
+    ((0.1, None), TypeError, "float", "None"),
+    (True, TypeError, "float", "True"),
+]
+
+
+def rows(name, values):
+    return [pytest.param(name, *value, id=f"{name}={value[0]!r}") for value in values]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "takes", "got"),
+    [
+        *(row for name in ("dim", "num_gates", "min_expert_capacity", "top_n") for row in rows(name, COUNTS)),
+        pytest.param("top_n", 5, ValueError, "num_gates (4", "5", id="top_n=5"),
+    ],
+)
+def test_counts_of_the_gate(name, value, error, takes, got):
+    check(lambda: TopNGating(**{"dim": 8, "num_gates": 4, name: value}), error, name, takes, got)
+
+
+@pytest.mark.parametrize(("value", "error", "fragments"), [(v, e, f) for v, e, *f in POSITIVES])
+@pytest.mark.parametrize("name", ["eps", "capacity_factor_train", "capacity_factor_eval"])
+def test_positive_numbers_of_the_gate(name, value, error, fragments):
+    check(lambda: gate(**{name: value}), error, name, *fragments)
+
+
+@pytest.mark.parametrize(("value", "error", "fragments"), [(v, e, f) for v, e, *f in THRESHOLDS], ids=str)
+@pytest.mark.parametrize("name", ["threshold_train", "threshold_eval"])
+def test_thresholds_of_the_gate(name, value, error, fragments):
+    check(lambda: gate(top_n=3, **{name: value}), error, name, *fragments)
+
+
+@pytest.mark.parametrize("name", ["policy_train", "policy_eval"])
+def test_policies_of_the_gate(name):
+    check(lambda: gate(**{name: "sometimes"}), ValueError, name, "random", "threshold", "all", "none", "'sometimes'")
+
+
+def test_choices_of_the_gate():
+    check(lambda: gate(balance_on="all"), ValueError, "balance_on", "routed", "kept", "'all'")
+    check(lambda: gate(router_dtype="float32"), TypeError, "router_dtype", "torch.dtype", "str")
+    check(lambda: gate(router_dtype=torch.int32), ValueError, "router_dtype", "floating point", "torch.int32")
+
+
+@pytest.mark.parametrize("method", ["forward", "route"])
+@pytest.mark.parametrize(
+    ("x", "error", "fragments"),
+    [
+        ([[1.0] * 8], TypeError, ["tensor", "list"]),
+        (torch.zeros(2, 6, 8, dtype=torch.int64), TypeError, ["float32", "torch.int64"]),
+        (torch.zeros(2, 6, 8, dtype=torch.complex64), TypeError, ["bfloat16", "torch.complex64"]),
+        (torch.zeros(2, 6, 7), ValueError, ["tokens, 8", "(2, 6, 7)"]),
+        (torch.zeros(8), ValueError, ["tokens, 8", "(8,)"]),
+        (torch.zeros(()), ValueError, ["tokens, 8", "()"]),
+        (torch.zeros(2, 6, 8, device="meta"), ValueError, ["cpu", "meta"]),
+    ],
+)
+def test_x(method, x, error, fragments):
+    with pytest.raises(error) as caught:
+        getattr(gate(), method)(x)
+    assert str(caught.value).startswith("x must ")
+    assert all(fragment in str(caught.value) for fragment in fragments)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "fragments"),
+    [
+        (torch.ones(2, 6), TypeError, ["torch.bool", "torch.float32"]),
+        ([True] * 6, TypeError, ["torch.bool", "list"]),
+        (torch.ones(6, dtype=torch.bool), ValueError, ["(2, 6)", "(6,)"]),
+        (torch.ones(2, 6, 1, dtype=torch.bool), ValueError, ["(2, 6)", "(2, 6, 1)"]),
+        (torch.ones(2, 6, dtype=torch.bool, device="meta"), ValueError, ["cpu", "meta"]),
+    ],
+)
+def test_padding_mask(mask, error, fragments):
+    for call in (gate(), gate().route, MoE(8, 4)):
+        with pytest.raises(error) as caught:
+            call(torch.zeros(2, 6, 8), padding_mask=mask)
+        assert all(fragment in str(caught.value) for fragment in ["padding_mask", *fragments])
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "fragments"),
+    [
+        (None, TypeError, ["tensor", "NoneType"]),
+        (torch.zeros(2, 6, 4, dtype=torch.int32), TypeError, ["float32", "torch.int32"]),
+        (torch.zeros(4), ValueError, ["tokens, experts", "(4,)"]),
+        (torch.zeros(2, 6, 0), ValueError, ["expert", "(2, 6, 0)"]),
+    ],
+)
+def test_logits_of_route(logits, error, fragments):
+    with pytest.raises(error) as caught:
+        route(logits, 1)
+    assert all(fragment in str(caught.value) for fragment in ["logits", *fragments])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "fragments"),
+    [
+        *((name, v, e, f) for name in ("top_n", "capacity", "min_expert_capacity") for v, e, *f in COUNTS if v is not None),
+        *((name, v, e, f) for name in ("eps", "capacity_factor") for v, e, *f in POSITIVES),
+        ("top_n", 5, ValueError, ["num_gates", "4", "5"]),
+        ("policy", "ALL", ValueError, ["random", "threshold", "all", "none", "'ALL'"]),
+        ("balance_on", None, ValueError, ["routed", "kept", "None"]),
+        ("noise", torch.rand(2, 6, 3), ValueError, ["(2, 6, 4)", "(2, 6, 3)"]),
+        ("noise", torch.rand(2, 6, 4, dtype=torch.float64), TypeError, ["torch.float32", "torch.float64"]),
+        ("noise", 0.5, TypeError, ["torch.float32", "float"]),
+        ("noise", torch.rand(2, 6, 4, device="meta"), ValueError, ["cpu", "meta"]),
+        ("draws", torch.rand(2, 6, 4), ValueError, ["(2, 6, 2)", "(2, 6, 4)"]),
+        ("draws", torch.rand(2, 6, 2).bfloat16(), TypeError, ["torch.float32", "torch.bfloat16"]),
+    ],
+)
+def test_arguments_of_route(name, value, error, fragments):
+    with pytest.raises(error) as caught:
+        routed(**{name: value})
+    assert type(caught.value) is error
+    assert all(fragment in str(caught.value) for fragment in [name, *fragments])
+
+
+@pytest.mark.parametrize("policy", ["random", "threshold"])
+@pytest.mark.parametrize(
+    ("threshold", "error", "fragments"),
+    [
+        *((v, e, f) for v, e, *f in THRESHOLDS),
+        (torch.rand(2), ValueError, ["(3,)", "(2,)"]),
+        (torch.ones(3, dtype=torch.int64), ValueError, ["float", "torch.int64"]),
+        (torch.rand(3, device="meta"), ValueError, ["cpu", "meta"]),
+    ],
+    ids=str,
+)
+def test_thresholds_of_route(threshold, error, fragments, policy):
+    with pytest.raises(error) as caught:
+        routed(top_n=3, threshold=threshold, policy=policy)
+    assert all(fragment in str(caught.value) for fragment in ["threshold", *fragments])
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "good"), [(topn_gating.dispatch, "x", (2, 6, 5)), (topn_gating.combine, "y", (2, 4, 4, 5))]
+)
+def test_rows_of_dispatch_and_combine(function, name, good):
+    routing = routed()
+    function(torch.zeros(good), routing)
+    for shape in ((), (5,), good[1:], (3, *good[1:]), (2, good[1] + 1, *good[2:]), (1, *good)):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(shape)))) as caught:
+            function(torch.zeros(shape), routing)
+        assert str(caught.value).startswith(f"{name} must have shape ({', '.join(map(str, good[:-1]))}, features)")
+    check(lambda: function(torch.zeros(good, dtype=torch.int32), routing), TypeError, name, "float32", "torch.int32")
+    check(lambda: function(None, routing), TypeError, name, "tensor", "NoneType")
+    check(lambda: function(torch.zeros(good, device="meta"), routing), ValueError, name, "cpu", "meta")
+
+
+def test_arguments_of_moe():
+    check(lambda: MoE(8, 4, experts=lambda x: x), TypeError, "experts", "torch.nn.Module", "function")
+    check(lambda: MoE(8, 4, gating_top_n=5), ValueError, "top_n", "4", "5")
+    check(lambda: MoE(8, 0), ValueError, "at least 1", "0")
+    check(lambda: MoE(8, 4, expert_hidden_mult=0), ValueError, "hidden_mult", "above 0", "0")
+    check(lambda: topn_gating.Experts(8, 1.5), TypeError, "num_experts", "int", "float")
+
+
+def test_a_refused_call_draws_nothing_and_leaves_the_gate_as_it_is():
+    module = gate()
+    before, state = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(ValueError, match="x must"):
+        module(torch.zeros(2, 6, 7), noise_gates=True)
+    with pytest.raises(ValueError, match="padding_mask must"):
+        module(torch.zeros(2, 6, 8), padding_mask=torch.ones(3, dtype=torch.bool))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+# The raw operators, torch.ops.topn_gating.*: valid arguments, then one of them spoilt.
+
+PAIRS, SLOTS = torch.zeros(2, 6, 3, dtype=torch.int32), torch.full((2, 4, 5), -1, dtype=torch.int32)
+LOGITS, WEIGHT, X, Y = torch.zeros(2, 6, 4), torch.zeros(2, 6, 3), torch.zeros(2, 6, 7), torch.zeros(2, 4, 5, 7)
+MASK, DENSE, SUMS, COUNT = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, 4, 5), torch.zeros(2, 4), SLOTS[..., 0].clone()
+SCALAR = torch.zeros(())
+OPERATORS = {
+    "gate": (LOGITS, LOGITS.clone(), MASK, 3, 1e-9, 1.0, False, True),
+    "gate_backward": (WEIGHT, SUMS, SCALAR, SCALAR, LOGITS, LOGITS.clone(), MASK, PAIRS, COUNT, 1e-9, 1.0, False),
+    "assign": (WEIGHT, PAIRS, WEIGHT.clone(), torch.zeros(3), MASK, 4, 5, 0, 1e-9),
+    "assign_backward": (WEIGHT, PAIRS),
+    "dense": (WEIGHT, PAIRS, PAIRS, 4, 5, torch.float32, True),
+    "dense_backward": (DENSE, DENSE, PAIRS, PAIRS),
+    "dispatch": (X, WEIGHT, PAIRS, PAIRS, SLOTS, True),
+    "dispatch_backward": (Y, X, PAIRS, PAIRS, SLOTS),
+    "combine": (Y, WEIGHT, PAIRS, PAIRS, SLOTS),
+    "combine_backward": (X, Y, WEIGHT, PAIRS, PAIRS, SLOTS),
+}
+
+
+# Sizes that nothing else fixes: features, and the experts and slots of `dispatch`, (operator, argument, dimension).
+FREE = {("dispatch", 0, 2), ("dispatch", 4, 1), ("dispatch", 4, 2), ("combine", 0, 3)}
+
+
+def spoilt(name, i):
+    """Tensors in the place of argument ``i`` that do not fit the others: type, number of dimensions, each size."""
+    t = OPERATORS[name][i]
+    yield t.to(torch.int64 if t.dtype == torch.int32 else torch.int32)
+    yield t.to(torch.complex64)
+    yield t.unsqueeze(0)
+    for dim in range(t.dim()):
+        yield t.select(dim, 0)
+        if (name, i, dim) not in FREE:
+            yield torch.cat([t, t.narrow(dim, 0, 1)], dim)
+
+
+def operator_with(name, i, value):
+    """Calls the operator with argument ``i`` replaced."""
+    args = OPERATORS[name]
+    return getattr(torch.ops.topn_gating, name)(*args[:i], value, *args[i + 1 :])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_refuse_tensors_that_do_not_fit(name):
+    for i, t in enumerate(OPERATORS[name]):
+        if isinstance(t, torch.Tensor):
+            operator_with(name, i, t)
+            for bad in spoilt(name, i):
+                with pytest.raises(RuntimeError, match=r" must | shape"):
+                    operator_with(name, i, bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "i", "values", "message"),
+    [
+        ("gate", 3, (0, -1, 5, 2**40), "top_n"),
+        ("assign", 5, (0, -1), "num_gates"),
+        ("assign", 6, (0, -1, 2**31, 2**62), "capacity"),
+        ("assign", 7, (-1, 4), "policy"),
+        ("assign", 2, (None,), "draws"),
+        ("assign", 3, (None,), "threshold"),
+        ("dense", 3, (0, -1), "num_gates"),
+        ("dense", 4, (0, -1, 2**31, 2**62), "capacity"),
+        ("dense", 5, (torch.int32, torch.complex64), "float"),
+    ],
+)
+def test_operators_refuse_numbers_out_of_range(name, i, values, message):
+    for value in values:
+        with pytest.raises(RuntimeError, match=message):
+            operator_with(name, i, value)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OPERATORS if "expert" in str(getattr(torch.ops.topn_gating, name).default._schema)]
+)
+def test_operators_survive_any_index(name):
+    args = [
+        torch.randint(-(2**31), 2**31 - 1, a.shape, dtype=torch.int32)
+        if isinstance(a, torch.Tensor) and a.dtype == torch.int32
+        else a
+        for a in OPERATORS[name]
+    ]
+    getattr(torch.ops.topn_gating, name)(*args)

@@ -1,0 +1,222 @@
+"""torch.compile, torch.export and torch.func: one graph, the numbers of eager, no recompilation for another length."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.export import Dim, export
+
+import topn_gating
+from topn_gating import MoE, TopNGating
+
+DIM, EXPERTS, TOP_N = 8, 4, 3
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(tokens=20, top_n=TOP_N):
+    return {
+        "x": torch.randn(2, tokens, DIM, requires_grad=True),
+        "weight": torch.randn(EXPERTS, DIM, requires_grad=True),
+        "noise": torch.rand(2, tokens, EXPERTS),
+        "draws": torch.rand(2, tokens, top_n),
+        "padding_mask": torch.rand(2, tokens) < 0.8,
+    }
+
+
+def full_path(x, weight, noise, draws, padding_mask, **options):
+    """route, dispatch, an expert and combine, with every input that they take."""
+    routing = topn_gating.route(
+        F.linear(x, weight), TOP_N, noise=noise, noise_mult=0.3, draws=draws, padding_mask=padding_mask, **options
+    )
+    out = topn_gating.combine(torch.tanh(topn_gating.dispatch(x, routing)), routing)
+    return out, routing.balance_loss, routing.router_z_loss, routing.slot, routing.source, routing.drop_fraction
+
+
+def with_gradients(function, leaves, *args, **kwargs):
+    """Outputs, and the gradients of ``leaves`` for random gradients into the differentiable ones."""
+    outputs = function(*args, **kwargs)
+    torch.manual_seed(7)
+    roots = [t for t in outputs if t.requires_grad]
+    grads = torch.autograd.grad(roots, leaves, [torch.randn_like(t) for t in roots], materialize_grads=True)
+    return [t.detach() for t in outputs], grads
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def gate(**options):
+    return TopNGating(DIM, EXPERTS, top_n=TOP_N, policy_train="threshold", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"policy": "all", "straight_through": False},
+        {"balance_on": "kept", "threshold": (0.1, 0.4)},
+        {"differentiable_topk": True},
+        {"differentiable_topk": True, "differentiable_topk_fused": False},
+        {"capacity": 3, "losses": False},
+    ],
+    ids=str,
+)
+def test_full_path(options):
+    tensors = inputs()
+    leaves = tensors["x"], tensors["weight"]
+    compiled = torch.compile(full_path, fullgraph=True, backend="aot_eager")
+    actual = with_gradients(compiled, leaves, **tensors, **options)
+    assert_same(actual, with_gradients(full_path, leaves, **tensors, **options))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"straight_through_dispatch_tensor": False}, {"router_dtype": torch.float64}], ids=str)
+def test_dense_forward(options, training):
+    module, x = gate(**options).train(training), inputs()["x"]
+    torch.manual_seed(3)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    leaves = x, module.to_gates.weight
+    module.policy_eval = "threshold"
+    assert_same(with_gradients(compiled, leaves, x), with_gradients(module, leaves, x))
+
+
+def test_random_policy_draws_as_eager_does():
+    module, x = TopNGating(DIM, EXPERTS, top_n=TOP_N), inputs()["x"]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    expected = module(x, True, 0.5)
+    torch.manual_seed(3)
+    assert_same(compiled(x, True, 0.5), expected)
+
+
+def test_routing_leaves_the_graph_as_it_is():
+    module, x = gate(), inputs()["x"]
+    compiled = torch.compile(module.route, fullgraph=True, backend="aot_eager")
+    routing, expected = compiled(x), module.route(x)
+    assert isinstance(routing, topn_gating.Routing)
+    assert routing.capacity == expected.capacity
+    assert_same(routing[:-1], expected[:-1])
+    assert_same(routing.dense(), expected.dense())
+
+
+def test_moe_by_inductor():
+    moe, x = MoE(DIM, EXPERTS, gating_top_n=TOP_N, policy_train="threshold"), inputs()["x"]
+    leaves = x, *moe.parameters()
+    compiled = torch.compile(moe, fullgraph=True)
+    assert_same(with_gradients(compiled, leaves, x), with_gradients(moe, leaves, x))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_moe(autocast):
+    moe, x = MoE(DIM, EXPERTS, gating_top_n=TOP_N, policy_train="all", router_dtype=torch.float32), inputs()["x"]
+    leaves = x, *moe.parameters()
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        actual, expected = with_gradients(compiled, leaves, x), with_gradients(moe, leaves, x)
+    torch.testing.assert_close(actual, expected, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-6)
+
+
+LENGTHS = (40, 63, 120)
+
+
+@pytest.mark.parametrize(
+    ("which", "dynamic"), [("full path", True), ("full path", None), ("gate", None), ("moe", True)], ids=str
+)
+def test_no_recompilation_for_another_length(which, dynamic):
+    module = {"full path": None, "gate": gate(), "moe": MoE(DIM, EXPERTS, policy_train="all")}[which]
+    compiled = torch.compile(module or full_path, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in LENGTHS:
+        tensors = inputs(tokens)
+        leaves = tensors["x"], *(module.parameters() if module else (tensors["weight"],))
+        if module:
+            tensors = {"x": tensors["x"]}
+        expected = with_gradients(module or full_path, leaves, **tensors)
+        for name, t in tensors.items():
+            if name != "weight" and dynamic is None:
+                torch._dynamo.mark_dynamic(t, 1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert_same(with_gradients(compiled, leaves, **tensors), expected)
+
+
+class FullPath(torch.nn.Module):
+    """The compact path as a module, for export."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = gate()
+
+    def forward(self, x, padding_mask):
+        routing = self.gate.route(x, padding_mask=padding_mask)
+        return topn_gating.combine(topn_gating.dispatch(x, routing), routing), routing.balance_loss, routing.slot
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export(training):
+    module, tensors = FullPath().train(training), inputs()
+    module.gate.policy_eval = "threshold"
+    args = tensors["x"].detach(), tensors["padding_mask"]
+    exported = export(module, args)
+    assert any("topn_gating" in str(node.target) for node in exported.graph.nodes)
+    assert_same(exported.module()(*args), module(*args))
+
+
+def test_export_for_any_number_of_tokens():
+    module, tokens = FullPath(), Dim("tokens", min=8, max=4096)
+    tensors = inputs()
+    shapes = {"x": {1: tokens}, "padding_mask": {1: tokens}}
+    exported = export(module, (tensors["x"].detach(), tensors["padding_mask"]), dynamic_shapes=shapes).module()
+    for length in LENGTHS:
+        tensors = inputs(length)
+        args = tensors["x"].detach(), tensors["padding_mask"]
+        assert_same(exported(*args), module(*args))
+
+
+def test_export_of_the_dense_form():
+    module, x = gate(), inputs()["x"].detach()
+    exported = export(module, (x,), dynamic_shapes={"x": {1: Dim("tokens", min=8, max=4096)}}).module()
+    other = torch.randn(2, 33, DIM)
+    assert_same(exported(other), module(other))
+
+
+@pytest.mark.parametrize("router_dtype", [None, torch.float32])
+@pytest.mark.parametrize("make", [TopNGating, MoE])
+def test_meta_tensors_have_the_shapes_and_types_of_real_ones(make, router_dtype):
+    x = torch.randn(2, 20, DIM).bfloat16()
+    real, meta = (
+        make(DIM, EXPERTS, router_dtype=router_dtype, device=device, dtype=x.dtype)(x.to(device)) for device in ("cpu", "meta")
+    )
+    for t, m in zip(real, meta, strict=True):
+        assert (m.shape, m.dtype, m.device.type) == (t.shape, t.dtype, "meta")
+
+
+def loss(x, weight, noise, draws, padding_mask):
+    out, balance_loss, z_loss, *_ = full_path(x, weight, noise, draws, padding_mask)
+    return out.square().sum() + balance_loss + z_loss
+
+
+def test_functional_gradient():
+    tensors = inputs()
+    leaves = tensors["x"], tensors["weight"]
+    expected = torch.autograd.grad(loss(**tensors), leaves)
+    assert_same(torch.func.grad(loss, argnums=(0, 1))(*tensors.values()), expected)
+
+
+@pytest.mark.parametrize("function", [full_path, torch.func.grad(loss, argnums=(0, 1))], ids=["values", "gradients"])
+def test_vmap(function):
+    samples = [tuple(inputs().values()) for _ in range(3)]
+    stacked = [torch.stack(t).detach() for t in zip(*samples, strict=True)]
+    expected = [torch.stack(t) for t in zip(*(function(*sample) for sample in samples), strict=True)]
+    assert_same(list(torch.vmap(function)(*stacked)), expected)
+
+
+def test_ensemble():
+    """The recipe of torch.func: several gates of one input by vmap over their stacked parameters."""
+    gates, x = [gate() for _ in range(3)], torch.randn(2, 20, DIM)
+    params, buffers = torch.func.stack_module_state(gates)
+    outputs = torch.vmap(lambda p, b: torch.func.functional_call(gates[0], (p, b), (x,)))(params, buffers)
+    assert_same(list(outputs), [torch.stack(t) for t in zip(*(g(x) for g in gates), strict=True)])

@@ -1,0 +1,224 @@
+"""MoE: against st_moe_pytorch.MoE with copied weights, and as any torch module has to behave."""
+
+import copy
+import functools
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import topn_gating
+from topn_gating import MoE
+
+DIM, EXPERTS = 12, 4
+
+
+def copied(theirs, **options):
+    """Our MoE with the weights of st-moe-pytorch's."""
+    ours = MoE(theirs.dim, theirs.num_experts, gating_top_n=theirs.gate.top_n, balance_on="kept", **options)
+    ours.gate.load_state_dict(theirs.gate.state_dict())
+    ours.experts.load_state_dict(stacked(theirs, lambda p: p.detach()))
+    return ours
+
+
+def stacked(theirs, of):
+    """``of`` every parameter of their experts, stacked and laid out as those of our ``Experts``."""
+    layers = [expert.net for expert in theirs.experts.experts]  # Linear, GEGLU, Linear
+    return {
+        "weight_in": torch.stack([of(net[0].weight).T for net in layers]),
+        "bias_in": torch.stack([of(net[0].bias)[None] for net in layers]),
+        "mult_bias": torch.stack([of(net[1].mult_bias)[None] for net in layers]),
+        "weight_out": torch.stack([of(net[2].weight).T for net in layers]),
+        "bias_out": torch.stack([of(net[2].bias)[None] for net in layers]),
+    }
+
+
+def run(moe, x, *, seed=1, call=None, **kwargs):
+    """Outputs, and the gradient of x; those of the parameters are left in ``.grad``."""
+    x = x.clone().requires_grad_()
+    moe.zero_grad()
+    torch.manual_seed(seed)
+    out = call(x) if call else moe(x, **kwargs)
+    outputs, aux = out[:2]
+    weight = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(5)).to(outputs.dtype)
+    ((outputs * weight).sum().float() + aux).backward()
+    return [t.detach() for t in out], x.grad
+
+
+@pytest.fixture
+def moe():
+    return MoE(DIM, EXPERTS, gating_top_n=3)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 20, DIM)
+
+
+@pytest.mark.parametrize("noise", [{}, {"noise_gates": True, "noise_mult": 0.5}], ids=["", "noise"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("top_n", "soft"), [(2, False), (3, True), (4, False)])
+def test_same_numbers_as_st_moe(x, top_n, soft, training, noise):
+    st_moe = pytest.importorskip("st_moe_pytorch.st_moe_pytorch")
+    theirs = st_moe.MoE(DIM, EXPERTS, gating_top_n=top_n, differentiable_topk=soft).train(training)
+    for expert in theirs.experts.experts:
+        nn.init.normal_(expert.net[1].mult_bias)
+    ours = copied(theirs, differentiable_topk=soft).train(training)
+    expected, expected_grad = run(theirs, x, **noise)
+    actual, grad = run(ours, x, **noise)
+    close = {"rtol": 1e-4, "atol": 1e-4 if soft else 1e-5}
+    torch.testing.assert_close(actual, [expected[0], *(t.reshape(()) for t in expected[1:])], **close)
+    torch.testing.assert_close(grad, expected_grad, **close)
+    torch.testing.assert_close(ours.gate.to_gates.weight.grad, theirs.gate.to_gates.weight.grad, **close)
+    expected_grads = stacked(theirs, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+    torch.testing.assert_close({name: p.grad for name, p in ours.experts.named_parameters()}, expected_grads, **close)
+
+
+def test_signature_is_st_moes_but_for_distribution():
+    st_moe = pytest.importorskip("st_moe_pytorch.st_moe_pytorch")
+
+    def arguments(function):
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY]
+
+    expected = [(n, d) for n, d in arguments(st_moe.MoE.__init__) if n not in ("is_distributed", "allow_var_seq_len")]
+    assert arguments(MoE.__init__) == expected
+    assert arguments(MoE.forward) == arguments(st_moe.MoE.forward)
+    assert topn_gating.MixtureOfExpertsReturn._fields == st_moe.MixtureOfExpertsReturn._fields
+
+
+def test_total_is_the_weighted_sum_of_the_losses(x):
+    moe = MoE(DIM, EXPERTS, balance_loss_coef=0.3, router_z_loss_coef=0.07)
+    out = moe(x)
+    torch.testing.assert_close(out.total_aux_loss, 0.3 * out.balance_loss + 0.07 * out.router_z_loss)
+    assert moe.eval()(x).total_aux_loss == 0
+
+
+class Scale(nn.Module):
+    """Experts that multiply by their number."""
+
+    def forward(self, x):
+        return x * torch.arange(1.0, x.shape[-3] + 1).view(-1, 1, 1)
+
+
+def test_custom_experts(x):
+    moe = MoE(DIM, EXPERTS, gating_top_n=3, experts=Scale())
+    torch.manual_seed(2)
+    _, combine, *_ = moe.gate(x)
+    torch.manual_seed(2)
+    expected = torch.einsum("bnec,e,bnd->bnd", combine, torch.arange(1.0, EXPERTS + 1), x)
+    torch.testing.assert_close(moe(x).outputs, expected)
+
+
+@pytest.mark.parametrize("identity", [nn.Identity(), nn.Sequential()], ids=["Identity", "empty Sequential"])
+def test_custom_experts_are_never_replaced(identity):
+    assert MoE(DIM, EXPERTS, experts=identity).experts is identity
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)], ids=str)
+def test_leading_dimensions(lead):
+    moe = MoE(DIM, EXPERTS, policy_train="all").double()
+    x = torch.randn(*lead, 10, DIM, dtype=torch.float64)
+    outputs = moe(x).outputs
+    assert outputs.shape == x.shape
+    for group, expected in zip(x.reshape(-1, 10, DIM), outputs.reshape(-1, 10, DIM), strict=True):
+        torch.testing.assert_close(moe(group).outputs, expected)
+
+
+def saved_and_loaded(moe):
+    file = io.BytesIO()
+    torch.save(moe, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_state_dict(moe):
+    file = io.BytesIO()
+    torch.save(moe.state_dict(), file)
+    file.seek(0)
+    other = MoE(DIM, EXPERTS, gating_top_n=3)
+    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    return other
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda moe: pickle.loads(pickle.dumps(moe)), saved_and_loaded, through_state_dict]
+)
+def test_copies_compute_the_same(moe, x, clone):
+    run(moe, x)  # leaves gradients, which must not hinder
+    other = clone(moe)
+    assert other is not moe
+    expected, actual = run(moe, x), run(other, x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    grads = [{name: p.grad for name, p in m.named_parameters()} for m in (other, moe)]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_routing_can_be_copied_and_pickled(moe, x):
+    with torch.no_grad():
+        routing = moe.gate.route(x)
+    for other in (copy.deepcopy(routing), pickle.loads(pickle.dumps(routing))):
+        assert type(other) is topn_gating.Routing
+        assert all(torch.equal(a, b) for a, b in zip(other[:-1], routing[:-1], strict=True))
+        assert other.straight_through is routing.straight_through
+
+
+def test_autocast(x):
+    moe = MoE(DIM, EXPERTS, gating_top_n=3, router_dtype=torch.float32)
+    (expected, *losses), expected_grad = run(moe, x)
+    expected_grads = [p.grad.clone() for p in moe.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (outputs, *autocast_losses), grad = run(moe, x)
+    assert outputs.dtype == torch.bfloat16
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(autocast_losses, losses)
+    grads = [p.grad for p in moe.parameters()]
+    for actual, exact in zip([outputs, grad, *grads], [expected, expected_grad, *expected_grads], strict=True):
+        assert (actual.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(moe, x, use_reentrant):
+    """The recomputation draws the same numbers, so it routes every token as the first time."""
+    routings = []
+    route = moe.gate.route
+    moe.gate.route = lambda *args, **kwargs: routings.append(route(*args, **kwargs)) or routings[-1]
+
+    expected = run(moe, x, noise_gates=True)
+    expected_grads = {name: p.grad.clone() for name, p in moe.named_parameters()}
+    forward = functools.partial(moe, noise_gates=True)
+    actual = run(moe, x, call=lambda x: checkpoint(forward, x, use_reentrant=use_reentrant))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close({name: p.grad for name, p in moe.named_parameters()}, expected_grads, rtol=0, atol=0)
+
+    plain, first, recomputed = routings
+    assert torch.equal(first.slot, plain.slot)
+    for name in ("expert", "slot", "source", "demand", "weight"):
+        assert torch.equal(getattr(recomputed, name), getattr(first, name)), name
+
+
+def test_padding(moe, x):
+    moe.gate.policy_train = "all"
+    mask = torch.rand(2, 20) < 0.6
+    (outputs, *losses), grad = run(moe, x, padding_mask=mask)
+    assert not outputs[~mask].any()
+    assert not grad[~mask].any()
+    other = torch.where(mask.unsqueeze(-1), x, 1e3 * torch.randn(x.shape))
+    torch.testing.assert_close(run(moe, other, padding_mask=mask), ([outputs, *losses], grad), rtol=0, atol=0)
+
+
+def test_training_lowers_the_loss(moe, x):
+    target = torch.randn(x.shape)
+    optimizer = torch.optim.Adam(moe.parameters(), lr=1e-2)
+    history = []
+    for _ in range(60):
+        out = moe(x, noise_gates=True, noise_mult=0.1)
+        error = (x + out.outputs - target).square().mean()
+        optimizer.zero_grad()
+        (error + out.total_aux_loss).backward()
+        optimizer.step()
+        history.append(error.item())
+    assert sum(history[-5:]) < 0.5 * sum(history[:5])
