@@ -4,6 +4,7 @@
 
 What is timed
     gate      from x to the routing and back to the gradients of x and of the gate's weight
+    products  what both gates compute by torch: the logits and the gradients of x and of the gate's weight; no gate is faster
     full path the same through dispatch, identity experts and combine; the peers' dispatch and combine are their two einsums
     dense     the (b, n, e, C) dispatch and combine tensors alone, without gradients
 The gradients that a loss would send are handed in ready-made, so no loss function is timed. "Extra memory" is the peak of
@@ -25,7 +26,6 @@ import platform
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,12 +36,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import topn_gating
+from topn_gating.demo.cost import peak_bytes
 
 Step = Callable[[], Sequence[Tensor]]
 
+PRODUCTS = "the gate's three matrix products alone"
 GATE = "gate forward+backward, compact"
 FULL = "full path forward+backward, compact"
 DENSE = "gate forward, dense"
@@ -106,7 +107,12 @@ def our_steps(gate: topn_gating.TopNGating, x: Tensor) -> dict[str, Step]:
         out = topn_gating.combine(topn_gating.dispatch(x, routing), routing)
         return out, routing.balance_loss, routing.router_z_loss
 
-    return steps(gate, x, route, full)
+    logits_grad = torch.randn(*x.shape[:-1], gate.num_gates, dtype=x.dtype)
+
+    def products() -> Sequence[Tensor]:
+        return torch.autograd.grad(gate.to_gates(x), (x, gate.to_gates.weight), logits_grad)
+
+    return {PRODUCTS: products, **steps(gate, x, route, full)}
 
 
 def peer_steps(gate: nn.Module, x: Tensor) -> dict[str, Step]:
@@ -158,20 +164,10 @@ def interleave(steps: dict[str, Step], rounds: int) -> dict[str, list[Sample]]:
     return samples
 
 
-def peak_bytes(step: Step) -> int:
-    """The most that ``step`` held at a time above what stood before it, from the allocator's own events."""
+def peak_mebibytes(step: Step) -> float:
+    """Extra memory of one call under the seed of all."""
     torch.manual_seed(0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
+    return peak_bytes(step) / 2**20
 
 
 def contenders(shape: Shape, peers: dict[str, type[nn.Module]], dtype: torch.dtype) -> dict[str, dict[str, Step]]:
@@ -199,11 +195,11 @@ def share_unlike(ours: Step, theirs: Step) -> float:
 def measure(shape: Shape, peers: dict[str, type[nn.Module]], dtype: torch.dtype, rounds: int) -> list[dict]:
     """The table's rows of one shape, and the raw samples behind them."""
     all_steps, rows = contenders(shape, peers, dtype), []
-    for metric in track((GATE, FULL, DENSE, MEMORY), description=str(tuple(shape)), transient=True):
+    for metric in track((PRODUCTS, GATE, FULL, DENSE, MEMORY), description=str(tuple(shape)), transient=True):
         if metric == MEMORY:
-            values, faults = {name: [peak_bytes(steps[FULL]) / 2**20] for name, steps in all_steps.items()}, {}
+            values, faults = {name: [peak_mebibytes(steps[FULL])] for name, steps in all_steps.items()}, {}
         else:
-            samples = interleave({name: steps[metric] for name, steps in all_steps.items()}, rounds)
+            samples = interleave({name: steps[metric] for name, steps in all_steps.items() if metric in steps}, rounds)
             values = {name: [1e3 * s.seconds for s in those] for name, those in samples.items()}
             faults = {name: statistics.median(s.faults for s in those) for name, those in samples.items()}
         unit = "MiB" if metric == MEMORY else "ms"
@@ -233,12 +229,13 @@ def table(rows: list[dict], names: list[str], caption: str) -> Table:
         shown.add_column(name, justify="right")
         shown.add_column("ratio", justify="right")
     for row in rows:
-        if row["metric"] == GATE:
+        if row["metric"] == PRODUCTS:
             shown.add_row("[bold]" + ", ".join(f"{name}={size}" for name, size in row["shape"]._asdict().items()))
         ours = statistics.median(row["values"][names[0]])
         cells = [cell(row["values"][names[0]])]
         for name in names[1:]:
-            cells += [cell(row["values"][name]), f"{statistics.median(row['values'][name]) / ours:,.1f}×"]
+            if name in row["values"]:
+                cells += [cell(row["values"][name]), f"{statistics.median(row['values'][name]) / ours:,.1f}×"]
         shown.add_row(row["metric"], row["unit"], *cells, end_section=row["metric"] == MEMORY)
     return shown
 

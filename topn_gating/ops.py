@@ -69,8 +69,8 @@ class SecondOrder(Function):
 def _first_order(backward):
     """Makes a second derivative an error: these gradients are kernels, through which autograd sees nothing.
 
-    ``torch.autograd.function.once_differentiable`` looks at the incoming gradients alone, not at the saved tensors. ``backward``
-    takes these after ``ctx``: activation checkpointing lets them be unpacked once.
+    ``torch.autograd.function.once_differentiable`` looks at the incoming gradients alone, not at the saved tensors.
+    ``backward`` takes these after ``ctx``: activation checkpointing lets them be unpacked once.
     """
 
     @functools.wraps(backward)

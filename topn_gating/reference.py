@@ -159,7 +159,7 @@ def route(
         padding_mask=padding_mask,
     )
     if balance_on == "kept":
-        real = torch.ones(slot.shape[:-1], dtype=torch.bool) if padding_mask is None else padding_mask
+        real = torch.ones_like(slot[..., 0], dtype=torch.bool) if padding_mask is None else padding_mask
         held = F.one_hot(expert[..., 0].long(), num_gates) * (slot[..., :1] >= 0)
         balance_loss = balance(importance, mean_over_real(held.to(importance.dtype), real))
     return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through)

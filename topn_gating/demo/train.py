@@ -1,0 +1,218 @@
+"""The demo's model, a byte-level transformer whose feedforwards are Mixtures of Experts, and its training."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..moe import MoE
+from ..routing import Routing, combine, dispatch
+from .data import BYTE_KINDS, byte_kinds, random_windows
+
+BYTES = 256
+RECENT = 4
+HEAD_DIM = 32
+TOP_N = 2
+
+LEARNING_RATE = 2e-3
+WARM_UP = 0.25
+HELD_OUT_POINTS = 8
+EVAL_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes, length and seed of a run."""
+
+    steps: int
+    seed: int
+    batch: int
+    context: int
+    dim: int
+    layers: int
+    experts: int
+    windows: int
+
+    def __post_init__(self) -> None:
+        if self.dim % HEAD_DIM:
+            raise ValueError(f"dim must be a multiple of {HEAD_DIM}, got {self.dim}")
+
+
+class Embedding(nn.Module):
+    """The sum of one vector for each of the last four bytes.
+
+    It gives the model spelling and nearby order from the first step, so that attention needs no position.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(RECENT * BYTES, dim)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, data: Tensor) -> Tensor:
+        """``(…, n, dim)`` of bytes ``(…, n)``."""
+        recent = F.pad(data, (RECENT - 1, 0)).unfold(-1, RECENT, 1)  # (…, n, RECENT)
+        return self.table(recent + BYTES * torch.arange(RECENT, device=data.device)).sum(-2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, ``(…, n, dim)`` to ``(…, n, dim)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.to_qkv(x).unflatten(-1, (3, -1, HEAD_DIM)).transpose(-2, -4)  # (…, heads, 3, n, HEAD_DIM)
+        q, k, v = heads.unbind(-3)
+        return self.to_out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-3, -2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Attention, then a Mixture of Experts, each on a normalised copy and added to its input."""
+
+    def __init__(self, dim: int, experts: int) -> None:
+        super().__init__()
+        top_n = min(TOP_N, experts)
+        self.attention = nn.Sequential(nn.RMSNorm(dim), Attention(dim))
+        self.norm = nn.RMSNorm(dim)
+        self.moe = MoE(
+            dim,
+            experts,
+            expert_hidden_mult=1.5,
+            gating_top_n=top_n,
+            capacity_factor_train=1.25 * top_n,
+            capacity_factor_eval=experts,  # room for the whole sequence: no drops, so no token depends on a later one
+            policy_eval="all",
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """Tokens ``(…, n, dim)`` and how they were routed.
+
+        ``self.moe(tokens)`` does the same in one call; taken apart, it hands out the routing.
+        """
+        x = x + self.attention(x)
+        tokens = self.norm(x)
+        routing = self.moe.gate.route(tokens)
+        outputs = self.moe.experts(dispatch(tokens, routing))
+        return x + combine(outputs, routing), routing
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next byte."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.embedding = Embedding(dim)
+        self.blocks = nn.ModuleList(Block(dim, settings.experts) for _ in range(settings.layers))
+        self.to_logits = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, BYTES, bias=False))
+
+    def forward(self, data: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Logits ``(batch, n, 256)`` of the byte after each of ``data`` ``(batch, n)``, and one routing per block."""
+        x = self.embedding(data)
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x)
+            routings.append(routing)
+        return self.to_logits(x), routings
+
+    def aux_loss(self, routings: list[Routing]) -> Tensor:
+        """The blocks' balance and router z losses, weighted as ``MoE.forward`` weights them."""
+        return sum(
+            block.moe.balance_loss_coef * routing.balance_loss + block.moe.router_z_loss_coef * routing.router_z_loss
+            for block, routing in zip(self.blocks, routings, strict=True)
+        )
+
+
+class Evaluation(NamedTuple):
+    """Loss in nats per byte, and how many tokens of each kind each expert took, ``(layers, e, kinds)``."""
+
+    loss: float
+    taken: Tensor
+
+    @property
+    def load(self) -> Tensor:
+        """Each expert's share of its layer's work, ``(layers, e)``."""
+        taken = self.taken.sum(-1)
+        return taken / taken.sum(-1, keepdim=True)
+
+
+@dataclass
+class History:
+    """What training left behind: one entry a step, but for ``held_out``."""
+
+    loss: list[float] = field(default_factory=list)
+    dropped: list[float] = field(default_factory=list)
+    load: list[Tensor] = field(default_factory=list)  # (layers, e): share of the layer's slots held
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # step, loss
+
+    def add(self, loss: Tensor, routings: list[Routing]) -> None:
+        """Appends a step."""
+        self.loss.append(loss.item())
+        self.dropped.append(torch.stack([r.drop_fraction for r in routings]).mean().item())
+        load = torch.stack([r.load.flatten(0, -2).sum(0) for r in routings])
+        self.load.append(load / load.sum(-1, keepdim=True))
+
+
+def next_byte_loss(model: LanguageModel, windows: Tensor) -> tuple[Tensor, list[Routing]]:
+    """Cross-entropy in nats per byte of windows ``(batch, n + 1)``, and the routings."""
+    logits, routings = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, -2), windows[:, 1:].flatten()), routings
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, windows: Tensor) -> Evaluation:
+    """The model in eval mode on windows ``(batch, n + 1)``."""
+    model.eval()
+    total, taken = 0.0, 0
+    for part in windows.split(EVAL_BATCH):
+        loss, routings = next_byte_loss(model, part)
+        total += loss.item() * len(part)
+        kinds = byte_kinds(part[:, :-1])
+        taken = taken + torch.stack([taken_by_kind(routing, kinds) for routing in routings])
+    model.train()
+    return Evaluation(total / len(windows), taken)
+
+
+def taken_by_kind(routing: Routing, kinds: Tensor) -> Tensor:
+    """How many tokens of each kind each expert took, ``(e, kinds)``, from the tokens' kinds ``(…, n)``."""
+    shape = routing.source.shape[-2], len(BYTE_KINDS)
+    cell = routing.expert * shape[1] + kinds.unsqueeze(-1)
+    return torch.bincount(cell[routing.slot >= 0], minlength=math.prod(shape)).view(shape)
+
+
+def train(model: LanguageModel, text: Tensor, held_out: Tensor, settings: Settings) -> History:
+    """Trains on random windows of ``text`` with AdamW, and evaluates on the windows ``held_out`` now and then on the way."""
+    history = History()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_cosine(step / settings.steps))
+    evaluate_every = max(1, settings.steps // HELD_OUT_POINTS)
+    tokens = settings.batch * settings.context
+    with tqdm(total=settings.steps * tokens, unit=" tokens", unit_scale=True, desc="training") as bar:
+        for step in range(1, settings.steps + 1):
+            windows = random_windows(text, settings.batch, settings.context + 1)
+            loss, routings = next_byte_loss(model, windows)
+            optimizer.zero_grad()
+            (loss + model.aux_loss(routings)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            history.add(loss, routings)
+            if step % evaluate_every == 0 and step < settings.steps:
+                history.held_out.append((step, evaluate(model, held_out).loss))
+            bar.set_postfix(loss=f"{history.loss[-1]:.2f}", dropped=f"{100 * history.dropped[-1]:.1f}%", refresh=False)
+            bar.update(tokens)
+    return history
+
+
+def warm_up_and_cosine(progress: float) -> float:
+    """Share of the full learning rate at a progress from 0 to 1: linear warm-up, then a cosine to 0."""
+    if progress < WARM_UP:
+        return (progress + 0.01) / (WARM_UP + 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
