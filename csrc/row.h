@@ -7,9 +7,10 @@
 //   Key, R                the ordered integers of V's shape; the scalar type
 //   count                 values of type V in a row
 //   max(V), sum(V)        reductions over the lanes, in a fixed order
-//   index(i)              experts at value i, as Key
+//   index(i), real(i)     experts at value i, as Key; which of them there are
 //   max(Key), min(Key)
 //   at(const V*, j)       the entry of expert j
+//   add(V*, j, R)         adds to it
 //   drop(Key*, j)         sets the key of expert j below all others
 //
 // Entries past the last expert hold -inf as scores and so 0 as gates. Whoever includes this has declared, for V,
@@ -24,16 +25,12 @@
 
 namespace TOPN_NAMESPACE {
 
-template <class V>
-TOPN_INLINE V log_clamped(V u) {
-  const V least = V{} + 1e-20f;
-  return log_value(u < least ? least : u);
-}
-
 // SPEC step 3: standard Gumbel noise from a uniform number.
-template <class V>
+template <class R, class V>
 TOPN_INLINE V gumbel(V u) {
-  return -log_clamped(V(-log_clamped(u)));
+  const V least = V{} + R(1e-20);
+  const V once = -log_value(u < least ? least : u);
+  return -log_value(once < least ? least : once);
 }
 
 // Integers in the order of the scores, for step 5: NaN above everything, -0 equal to 0.
@@ -123,7 +120,7 @@ struct SoftTopN {
 
   TOPN_INLINE double score(double q) const { return q > cap[iterations - 1] ? 1.0 : q / cap[iterations - 1]; }
 
-  // In place of q: the gradient of p, from the gradients of the scores of the chosen experts.
+  // The gradient of p, where q = exp(p / ε), from the gradients of the chosen experts' scores.
   template <class Lanes>
   TOPN_INLINE void backward(const Lanes& lanes, typename Lanes::V* q, const int32_t* expert, const double* grad,
                             int top_n, typename Lanes::V* grad_p) const {

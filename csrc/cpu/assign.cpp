@@ -1,9 +1,11 @@
 // SPEC steps 7 and 8 on the CPU.
 //
 // A slot is a count of earlier routed pairs of the same rank and expert, past the slots that lower ranks took: tiles of
-// tokens are counted, the counts scanned over tiles and ranks, and every tile then hands out its slots alone.
+// tokens are counted, the counts scanned over tiles and ranks, and every tile then hands out its slots alone. A group of one
+// tile goes through the three steps at once.
 #include "cpu/half.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/workspace.h"
 
 namespace TOPN_NAMESPACE {
@@ -13,12 +15,11 @@ struct Tile {
   int64_t first, last;  // tokens, over all groups
   int32_t* counts;      // (k, e)
 
-  Tile(const Assign& a, int64_t tile) {
+  Tile(const Assign& a, int64_t tile, int32_t* counts_of_tile) : counts(counts_of_tile) {
     const int64_t size = assign_tile(a.experts), of_group = assign_tiles(a.tokens, a.experts);
     const int64_t group = tile / of_group, start = tile % of_group * size;
     first = group * a.tokens + start;
     last = group * a.tokens + std::min(a.tokens, start + size);
-    counts = static_cast<int32_t*>(a.workspace) + tile * a.top_n * a.experts;
   }
 };
 
@@ -54,10 +55,10 @@ void count(const Assign& a, const Tile& tile) {
   }
 }
 
-// Turns the counts of a group's tiles into the first slot of each tile, rank and expert; empties the slots that stay free.
-void scan(const Assign& a, int64_t group) {
+// Turns the counts (tiles, k, e) of a group into the first slot of each tile, rank and expert; empties the slots that stay
+// free.
+void scan(const Assign& a, int64_t group, int32_t* counts) {
   const int64_t tiles = assign_tiles(a.tokens, a.experts), ranks = a.top_n * a.experts;
-  int32_t* counts = static_cast<int32_t*>(a.workspace) + group * tiles * ranks;
   int32_t* demand = a.demand + group * a.experts;
   std::fill_n(demand, a.experts, 0);
   const int32_t capacity = int32_t(a.capacity);
@@ -103,18 +104,44 @@ void hand_out(const Assign& a, const Tile& tile) {
 }
 
 template <class Real>
+void assign_short_groups(const Assign& a, ParallelFor parallel_for) {
+  const int64_t ranks = a.top_n * a.experts;
+  parallel(parallel_for, a.groups, a.tokens * a.top_n + ranks, [&](int64_t begin, int64_t end) {
+    Scratch<int32_t> counts(ranks);
+    for (int64_t group = begin; group < end; ++group) {
+      const Tile whole(a, group, counts);
+      count<Real>(a, whole);
+      scan(a, group, counts);
+      hand_out<Real>(a, whole);
+    }
+  });
+}
+
+template <class Real>
+void assign_long_groups(const Assign& a, ParallelFor parallel_for) {
+  const int64_t of_group = assign_tiles(a.tokens, a.experts), ranks = a.top_n * a.experts;
+  int32_t* counts = static_cast<int32_t*>(a.workspace);
+  const auto for_tiles = [&](void (*step)(const Assign&, const Tile&)) {
+    parallel(parallel_for, a.groups * of_group, assign_tile(a.experts) * a.top_n, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) step(a, Tile(a, tile, counts + tile * ranks));
+    });
+  };
+  for_tiles(count<Real>);
+  parallel(parallel_for, a.groups, of_group * ranks, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) scan(a, group, counts + group * of_group * ranks);
+  });
+  for_tiles(hand_out<Real>);
+}
+
+template <class Real>
 void assign_as(const Assign& a, ParallelFor parallel_for) {
-  const int64_t of_group = assign_tiles(a.tokens, a.experts);
-  const int64_t cost = std::min(a.tokens, assign_tile(a.experts)) * a.top_n;
-  parallel(parallel_for, a.groups * of_group, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) count<Real>(a, Tile(a, tile));
-  });
-  parallel(parallel_for, a.groups, of_group * a.top_n * a.experts, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) scan(a, group);
-  });
-  parallel(parallel_for, a.groups * of_group, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) hand_out<Real>(a, Tile(a, tile));
-  });
+  if (a.tokens == 0) {  // no tile, but slots to empty
+    for (int64_t group = 0; group < a.groups; ++group) scan(a, group, nullptr);
+  } else if (assign_tiles(a.tokens, a.experts) == 1) {
+    assign_short_groups<Real>(a, parallel_for);
+  } else {
+    assign_long_groups<Real>(a, parallel_for);
+  }
 }
 
 template <class Real>

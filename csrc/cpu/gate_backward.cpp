@@ -11,13 +11,13 @@ struct Gradient {
   using V = Vector<R>;
   using Real = RealOf<T>;
   const GateBackward& a;
-  const double* z_scale;  // of the whole call: 2 · grad_router_z_loss / real tokens
+  double z_scale;  // 2 · grad_router_z_loss / real tokens
   Row<R, T> row;
   Scratch<V> importance, grad_p;
   Scratch<R> v, grad_v;
   Scratch<int32_t> expert;  // of the token
 
-  Gradient(const GateBackward& args, const double* z)
+  Gradient(const GateBackward& args, double z)
       : a(args), z_scale(z), row(args.experts), importance(row.lanes.count), grad_p(row.lanes.count), v(args.top_n),
         grad_v(args.top_n), expert(args.top_n) {}
 
@@ -105,9 +105,9 @@ struct Gradient {
     for (int i = 0; i < lanes.count; ++i) dot += row.s[i] * grad_p[i];
     const R mean = lanes.sum(dot);
     for (int i = 0; i < lanes.count; ++i) grad_p[i] = row.s[i] * (grad_p[i] - mean);
-    if (real && *z_scale != 0) {
+    if (real && z_scale != 0) {
       const LogSumExp lse = softmax(lanes, static_cast<V*>(row.z));
-      const R scale = R(*z_scale * lse.value());
+      const R scale = R(z_scale * lse.value());
       for (int i = 0; i < lanes.count; ++i) grad_p[i] += scale * row.z[i];
     }
     store_row<R>(grad, lanes.experts, static_cast<const V*>(grad_p));
@@ -115,7 +115,7 @@ struct Gradient {
 };
 
 template <class R, class T>
-void gate_backward_tokens(const GateBackward& a, const double* z_scale, int64_t begin, int64_t end) {
+void gate_backward_tokens(const GateBackward& a, double z_scale, int64_t begin, int64_t end) {
   Gradient<R, T> gradient(a, z_scale);
   for (int64_t token = begin; token < end; ++token) {
     if (token == begin || token % a.tokens == 0) gradient.start_group(token / a.tokens);
@@ -139,8 +139,8 @@ void gate_backward(const GateBackward& a, ParallelFor parallel_for) {
     using T = std::remove_pointer_t<decltype(element)>;
     const double z_scale = z_loss_scale<RealOf<T>>(a);
     parallel(parallel_for, a.groups * a.tokens, a.experts, [&](int64_t begin, int64_t end) {
-      a.soft ? gate_backward_tokens<double, T>(a, &z_scale, begin, end)
-             : gate_backward_tokens<RealOf<T>, T>(a, &z_scale, begin, end);
+      a.soft ? gate_backward_tokens<double, T>(a, z_scale, begin, end)
+             : gate_backward_tokens<RealOf<T>, T>(a, z_scale, begin, end);
     });
   });
 }

@@ -27,7 +27,7 @@ struct Row {
       return;
     }
     load_row<R>(static_cast<const Noise*>(noise) + token * e, e, R(0.5), s);
-    for (int i = 0; i < lanes.count; ++i) s[i] = z[i] + R(noise_mult) * gumbel(s[i]);
+    for (int i = 0; i < lanes.count; ++i) s[i] = z[i] + R(noise_mult) * gumbel<R>(s[i]);
   }
 };
 

@@ -17,7 +17,7 @@ inline int64_t gate_group_sums(int64_t groups, int64_t tokens, int64_t experts) 
   return tiles * (experts + 1) + (tiles * experts + 1) / 2;
 }
 
-// Tokens of assign's tiles: a tile's counters, k·e of them, must not outgrow its tokens.
+// Tokens of assign's tiles: a tile's counters, k·e of them, must not outgrow its pairs.
 inline int64_t assign_tile(int64_t experts) { return experts > 512 ? experts : 512; }
 
 inline int64_t assign_tiles(int64_t tokens, int64_t experts) {
