@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from topn_gating import Routing, reference
-from topn_gating.ops import POLICIES, real_dtype
+from topn_gating.dtypes import real_dtype
+from topn_gating.ops import POLICIES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1

@@ -17,7 +17,7 @@ from cases import (
 )
 
 from topn_gating import reference
-from topn_gating.ops import real_dtype
+from topn_gating.dtypes import real_dtype
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 

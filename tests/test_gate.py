@@ -15,7 +15,7 @@ from cases import (
     spread,
 )
 
-from topn_gating.ops import real_dtype
+from topn_gating.dtypes import real_dtype
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_floating, check_positive, check_top_n, threshold_per_rank
-from .ops import POLICIES, autocast_dtype
+from .dtypes import autocast_dtype
+from .ops import POLICIES
 from .routing import BALANCE_ON, Routing, expert_capacity, route
 
 

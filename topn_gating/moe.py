@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_count, check_positive
+from .dtypes import autocast_dtype
 from .gating import TopNGating
-from .ops import autocast_dtype
 from .routing import combine, dispatch
 
 

@@ -1,9 +1,9 @@
 """The five operators: what torch has to know of each beside its kernels.
 
 Importing this module loads the extension, which defines ``torch.ops.topn_gating.*`` (schemas in
-``csrc/torch/schema.cpp``, meaning in ``csrc/router.h``). For each operator there stand here its fake (shapes and dtypes
-without data) and its autograd Function. The Function's ``setup_context`` and ``backward`` also serve whoever calls
-``torch.ops.topn_gating.*`` directly.
+``csrc/torch/schema.cpp``, meaning in ``csrc/router.h``). For each operator there stands here its autograd Function, whose
+``setup_context`` and ``backward`` also serve whoever calls ``torch.ops.topn_gating.*`` directly, and its vmap rule.
+``fakes.py`` has their shapes.
 
 Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features;
 ``…`` are the groups, any number of leading dimensions.
@@ -23,16 +23,13 @@ except ImportError as error:
         "build it with `pip install --no-build-isolation -e .` in the source tree"
     ) from error
 
+from . import fakes  # noqa: F401  registers them, once _C has defined the operators
+
 build_info = _C.build_info
 
 _ops = torch.ops.topn_gating
 
 POLICIES = ("random", "threshold", "all", "none")
-
-
-def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that ``dtype`` is computed in: float64 for float64, float32 for every other."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def apply(name: str, *args):
@@ -235,97 +232,3 @@ for _name, _function in FUNCTIONS.items():
     torch.library.register_autograd(f"topn_gating::{_name}", _function.backward, setup_context=_function.setup_context)
     torch.library.register_vmap(f"topn_gating::{_name}", _function.vmap)
     torch.library.register_vmap(f"topn_gating::{_name}_backward", _vmap_rule(getattr(_ops, f"{_name}_backward")))
-
-
-def _fake(function):
-    """Registers the shapes and dtypes of the operator that ``function`` is named after, which take tensors of one device."""
-
-    @functools.wraps(function)
-    def checked(*args):
-        devices = {str(t.device) for t in args if isinstance(t, Tensor)}
-        if len(devices) > 1:
-            raise RuntimeError(f"{function.__name__} takes tensors of one device, got {', '.join(sorted(devices))}")
-        return function(*args)
-
-    torch.library.register_fake(f"topn_gating::{function.__name__}")(checked)
-
-
-@_fake
-def gate(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
-    *lead, n, e = logits.shape
-    dtype = real_dtype(logits.dtype)
-    return (
-        logits.new_empty((*lead, n, top_n), dtype=dtype),
-        logits.new_empty((*lead, n, top_n), dtype=torch.int32),
-        logits.new_empty((*lead, e), dtype=dtype),
-        logits.new_empty((*lead, e), dtype=torch.int32),
-        logits.new_empty((), dtype=dtype),
-        logits.new_empty((), dtype=dtype),
-    )
-
-
-@_fake
-def gate_backward(gw, gi, gb, gz, logits, noise, padding_mask, expert, top_count, eps, noise_mult, soft):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@_fake
-def assign(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
-    lead = weight.shape[:-2]
-    return (
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape, dtype=torch.int32),
-        weight.new_empty((*lead, num_gates, capacity), dtype=torch.int32),
-        weight.new_empty((*lead, num_gates), dtype=torch.int32),
-    )
-
-
-@_fake
-def assign_backward(grad_kept, slot):
-    return grad_kept.new_empty(grad_kept.shape)
-
-
-@_fake
-def dense(weight, expert, slot, num_gates, capacity, dtype, straight_through):
-    shape = (*weight.shape[:-1], num_gates, capacity)
-    return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
-
-
-@_fake
-def dense_backward(grad_dispatch, grad_combine, expert, slot):
-    grad = grad_combine if grad_dispatch is None else grad_dispatch
-    return slot.new_empty(slot.shape, dtype=real_dtype(grad.dtype))
-
-
-@_fake
-def dispatch(x, weight, expert, slot, source, straight_through):
-    return x.new_empty((*source.shape, x.shape[-1]))
-
-
-@_fake
-def dispatch_backward(grad_y, x, expert, slot, source):
-    grad_x = grad_y.new_empty((*slot.shape[:-1], grad_y.shape[-1]))
-    return grad_x, grad_y.new_empty((0,) if x is None else slot.shape, dtype=real_dtype(grad_y.dtype))
-
-
-@_fake
-def combine(y, weight, expert, slot, source):
-    return y.new_empty((*slot.shape[:-1], y.shape[-1]))
-
-
-@_fake
-def combine_backward(grad_out, y, weight, expert, slot, source):
-    return y.new_empty(y.shape), weight.new_empty(weight.shape)
-
-
-def autocast(t: Tensor) -> Tensor:
-    """``t`` as an einsum under the current autocast would read it: a float type but float64 becomes the autocast type."""
-    dtype = autocast_dtype(t.device)
-    return t if dtype is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type that products are computed in on ``device``, None where autocast is off."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)

@@ -19,6 +19,7 @@ from .checks import (
     check_tensor,
     threshold_per_rank,
 )
+from .dtypes import autocast, real_dtype
 
 BALANCE_ON = ("routed", "kept")
 
@@ -72,7 +73,7 @@ class Routing(NamedTuple):
         """
         dtype = dtype or self.weight.dtype
         num_gates, capacity = self.source.shape[-2:]
-        weight = self.weight.to(ops.real_dtype(dtype))
+        weight = self.weight.to(real_dtype(dtype))
         return ops.apply("dense", weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
 
     def __repr__(self) -> str:
@@ -147,7 +148,7 @@ def route(
     check_choice("balance_on", balance_on, BALANCE_ON)
     check_positive("eps", eps)
     *lead, n, num_gates = logits.shape
-    real = ops.real_dtype(logits.dtype)
+    real = real_dtype(logits.dtype)
     if capacity is None:
         check_positive("capacity_factor", capacity_factor)
         check_count("min_expert_capacity", min_expert_capacity)
@@ -204,8 +205,8 @@ def dispatch(x: Tensor, routing: Routing) -> Tensor:
         ``(…, e, C, d)`` of x's type; rows of empty slots are 0.
     """
     check_rows("x", x, routing.expert.shape[:-1], routing.expert.device)
-    x = ops.autocast(x)
-    weight = routing.weight.to(ops.real_dtype(x.dtype))
+    x = autocast(x)
+    weight = routing.weight.to(real_dtype(x.dtype))
     return ops.apply("dispatch", x, weight, routing.expert, routing.slot, routing.source, routing.straight_through)
 
 
@@ -220,15 +221,15 @@ def combine(y: Tensor, routing: Routing) -> Tensor:
         ``(…, n, d)`` of y's type: for each token the weighted sum over its experts, 0 where it was dropped by all.
     """
     check_rows("y", y, routing.source.shape, routing.source.device)
-    y = ops.autocast(y)
-    weight = routing.weight.to(ops.real_dtype(y.dtype))
+    y = autocast(y)
+    weight = routing.weight.to(real_dtype(y.dtype))
     return ops.apply("combine", y, weight, routing.expert, routing.slot, routing.source)
 
 
 def _composed_soft_weight(logits: Tensor, noise: Tensor | None, noise_mult: float, expert: Tensor, eps: float) -> Tensor:
     from .reference import gumbel, topn_weight  # here, since the reference builds on Routing
 
-    scores = logits.to(ops.real_dtype(logits.dtype))
+    scores = logits.to(real_dtype(logits.dtype))
     if noise is not None:
         scores = scores + noise_mult * gumbel(noise)
     return topn_weight(scores.softmax(-1), expert, eps, soft=True)

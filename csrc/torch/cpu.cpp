@@ -14,24 +14,32 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, cpu::Body body, voi
 
 Tensor workspace(const Tensor& like, int64_t bytes) { return make(like, {bytes}, ScalarType::Byte); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
-    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& padding_mask, int64_t top_n,
-    double eps, double noise_mult, bool soft, bool losses) {
+// What Gate and GateBackward have in common.
+template <class Args>
+Args gate_sizes(const Tensor& logits, int64_t top_n, double eps, double noise_mult, bool soft) {
   const Shape shape = shape_of(logits);
   STD_TORCH_CHECK(shape.size() >= 2, "logits must have shape (..., tokens, experts)");
-  const int64_t experts = shape.back();
-  STD_TORCH_CHECK(top_n >= 1 && top_n <= experts, "top_n must be from 1 to the number of experts (", experts, "), got ", top_n);
-  const ScalarType type = logits.scalar_type();
-
-  Gate a{};
-  a.dtype = dtype_of("logits", type);
+  STD_TORCH_CHECK(top_n >= 1 && top_n <= shape.back(), "top_n must be from 1 to the number of experts (", shape.back(),
+                  "), got ", top_n);
+  Args a{};
+  a.dtype = dtype_of("logits", logits.scalar_type());
   a.groups = product(shape, 0, shape.size() - 2);
   a.tokens = shape[shape.size() - 2];
-  a.experts = experts;
+  a.experts = shape.back();
   a.top_n = top_n;
   a.eps = eps;
   a.noise_mult = noise_mult;
   a.soft = soft;
+  return a;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
+    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& padding_mask, int64_t top_n,
+    double eps, double noise_mult, bool soft, bool losses) {
+  Gate a = gate_sizes<Gate>(logits, top_n, eps, noise_mult, soft);
+  const Shape shape = shape_of(logits);
+  const int64_t experts = a.experts;
+  const ScalarType type = logits.scalar_type();
   a.losses = losses;
   const Tensor z = take("logits", logits, logits, shape, type);
   const auto u = take("noise", noise, logits, shape, real(type));
@@ -62,21 +70,12 @@ Tensor gate_backward(const std::optional<Tensor>& grad_weight, const std::option
                      const std::optional<Tensor>& grad_balance_loss, const std::optional<Tensor>& grad_router_z_loss,
                      const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& padding_mask,
                      const Tensor& expert, const Tensor& top_count, double eps, double noise_mult, bool soft) {
-  const Shape shape = shape_of(logits), pairs = shape_of(expert);
-  STD_TORCH_CHECK(shape.size() >= 2 && pairs.size() == shape.size(), "expert must have shape (..., tokens, top_n)");
-  const int64_t experts = shape.back(), top_n = pairs.back();
-  STD_TORCH_CHECK(top_n >= 1 && top_n <= experts, "expert must name from 1 to ", experts, " experts a token, got ", top_n);
+  STD_TORCH_CHECK(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)");
+  const int64_t top_n = expert.size(expert.dim() - 1);
+  GateBackward a = gate_sizes<GateBackward>(logits, top_n, eps, noise_mult, soft);
+  const Shape shape = shape_of(logits);
+  const int64_t experts = a.experts;
   const ScalarType type = logits.scalar_type();
-
-  GateBackward a{};
-  a.dtype = dtype_of("logits", type);
-  a.groups = product(shape, 0, shape.size() - 2);
-  a.tokens = shape[shape.size() - 2];
-  a.experts = experts;
-  a.top_n = top_n;
-  a.eps = eps;
-  a.noise_mult = noise_mult;
-  a.soft = soft;
   const Shape weights = with_last(shape, 1, {top_n}), sums = with_last(shape, 2, {experts});
   const auto gw = take("grad_weight", grad_weight, logits, weights, real(type));
   const auto gi = take("grad_importance", grad_importance, logits, sums, real(type));
