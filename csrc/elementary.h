@@ -1,11 +1,7 @@
 // Exponential and logarithm in float, on a SIMD vector or a scalar, the same bits on every backend but for contraction.
 #pragma once
 
-#ifdef __CUDACC__
-#define TOPN_INLINE __host__ __device__ __forceinline__
-#else
-#define TOPN_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace TOPN_NAMESPACE {
 

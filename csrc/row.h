@@ -41,7 +41,7 @@ TOPN_INLINE typename Lanes::Key score_key(typename Lanes::V s) {
   constexpr Int highest = std::numeric_limits<Int>::max();
   const Key bits = as_int(typename Lanes::V(s + 0.0f));
   const Key ordered = bits ^ ((bits >> (8 * sizeof(Int) - 1)) & highest);
-  return as_int_mask(s == s) ? ordered : Key{} + highest;
+  return s == s ? ordered : Key{} + highest;
 }
 
 // The scores' maximum, and the logarithm of the sum of exp(score - max): their logsumexp in two parts.

@@ -34,12 +34,12 @@ using Halves = Vector<uint16_t, width<float>>;
 using Words = Vector<uint32_t>;
 
 // A vector of floats from that many elements.
-TOPN_ALWAYS Floats load_real(const float* p) { return load<Floats>(p); }
-TOPN_ALWAYS Doubles load_real(const double* p) { return load<Doubles>(p); }
-TOPN_ALWAYS Floats load_real(const BFloat16* p) {
+TOPN_INLINE Floats load_real(const float* p) { return load<Floats>(p); }
+TOPN_INLINE Doubles load_real(const double* p) { return load<Doubles>(p); }
+TOPN_INLINE Floats load_real(const BFloat16* p) {
   return (Floats)(__builtin_convertvector(load<Halves>(p), Words) << 16);
 }
-TOPN_ALWAYS Floats load_real(const Float16* p) {
+TOPN_INLINE Floats load_real(const Float16* p) {
   const Words h = __builtin_convertvector(load<Halves>(p), Words);
   const Words magnitude = (h & 0x7fffu) << 13;
   // Times 2^112 moves the exponent's bias, and makes denormals normal on the way; infinity and NaN keep the top exponent.
@@ -49,14 +49,14 @@ TOPN_ALWAYS Floats load_real(const Float16* p) {
 }
 
 // Rounds to nearest, ties to even.
-TOPN_ALWAYS void store_real(float* p, Floats v) { store(p, v); }
-TOPN_ALWAYS void store_real(double* p, Doubles v) { store(p, v); }
-TOPN_ALWAYS void store_real(BFloat16* p, Floats v) {
+TOPN_INLINE void store_real(float* p, Floats v) { store(p, v); }
+TOPN_INLINE void store_real(double* p, Doubles v) { store(p, v); }
+TOPN_INLINE void store_real(BFloat16* p, Floats v) {
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   store(p, __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, Halves));
 }
-TOPN_ALWAYS void store_real(Float16* p, Floats v) {
+TOPN_INLINE void store_real(Float16* p, Floats v) {
   const Words bits = (Words)v;
   const Words sign = (bits >> 16) & 0x8000u;
   const Words magnitude = bits & 0x7fffffffu;
@@ -70,7 +70,7 @@ TOPN_ALWAYS void store_real(Float16* p, Floats v) {
 }
 
 template <class T>
-TOPN_ALWAYS RealOf<T> load_one(const T* p) {
+TOPN_INLINE RealOf<T> load_one(const T* p) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     return *p;
   } else {
@@ -79,7 +79,7 @@ TOPN_ALWAYS RealOf<T> load_one(const T* p) {
   }
 }
 template <class T>
-TOPN_ALWAYS void store_one(T* p, RealOf<T> value) {
+TOPN_INLINE void store_one(T* p, RealOf<T> value) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     *p = value;
   } else {
@@ -91,7 +91,7 @@ TOPN_ALWAYS void store_one(T* p, RealOf<T> value) {
 
 // A row of `size` elements as vectors of R; entries past the end hold `rest`.
 template <class R, class T>
-TOPN_ALWAYS void load_row(const T* p, int size, R rest, Vector<R>* to) {
+TOPN_INLINE void load_row(const T* p, int size, R rest, Vector<R>* to) {
   using Own = RealOf<T>;
   constexpr int own = width<Own>;
   if constexpr (std::is_same_v<R, Own>) {
@@ -119,7 +119,7 @@ TOPN_ALWAYS void load_row(const T* p, int size, R rest, Vector<R>* to) {
 
 // The first `size` values of a row.
 template <class R, class T>
-TOPN_ALWAYS void store_row(T* p, int size, const Vector<R>* from) {
+TOPN_INLINE void store_row(T* p, int size, const Vector<R>* from) {
   using Own = RealOf<T>;
   constexpr int w = width<R>;
   int i = 0;

@@ -3,10 +3,9 @@
 #pragma once
 
 #include "cpu/level.h"
+#include "inline.h"
 
 namespace TOPN_NAMESPACE {
-
-#define TOPN_ALWAYS inline __attribute__((always_inline))
 
 template <class T>
 constexpr int width = TOPN_VECTOR_BYTES / int(sizeof(T));
@@ -23,27 +22,25 @@ using Doubles = Vector<double>;
 using Ints = Vector<int32_t>;
 using Longs = Vector<int64_t>;
 
-TOPN_ALWAYS Ints as_int(Floats v) { return (Ints)v; }
-TOPN_ALWAYS Longs as_int(Doubles v) { return (Longs)v; }
-TOPN_ALWAYS Floats as_float(Ints v) { return (Floats)v; }
-TOPN_ALWAYS Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
-TOPN_ALWAYS Ints as_int_mask(Ints v) { return v; }
-TOPN_ALWAYS Longs as_int_mask(Longs v) { return v; }
+TOPN_INLINE Ints as_int(Floats v) { return (Ints)v; }
+TOPN_INLINE Longs as_int(Doubles v) { return (Longs)v; }
+TOPN_INLINE Floats as_float(Ints v) { return (Floats)v; }
+TOPN_INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // Unaligned loads and stores; a memcpy of a constant size is one instruction.
 template <class V, class T>
-TOPN_ALWAYS V load(const T* p) {
+TOPN_INLINE V load(const T* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 template <class V, class T>
-TOPN_ALWAYS void store(T* p, V v) {
+TOPN_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
 template <class V, class F>
-TOPN_ALWAYS V map_lanes(V v, F f) {
+TOPN_INLINE V map_lanes(V v, F f) {
   for (int i = 0; i < int(sizeof v / sizeof v[0]); ++i) v[i] = f(v[i]);
   return v;
 }
@@ -54,8 +51,8 @@ TOPN_ALWAYS V map_lanes(V v, F f) {
 
 namespace TOPN_NAMESPACE {
 
-TOPN_ALWAYS Floats exp_value(Floats d, Floats error) { return exp_float(d, error); }
-TOPN_ALWAYS Floats log_value(Floats u) { return log_float(u); }
+TOPN_INLINE Floats exp_value(Floats d, Floats error) { return exp_float(d, error); }
+TOPN_INLINE Floats log_value(Floats u) { return log_float(u); }
 // float64 input is rare enough that libm, lane by lane, does.
 inline Doubles exp_value(Doubles d, Doubles error) {
   const Doubles e = map_lanes(d, [](double x) { return std::exp(x); });
@@ -84,16 +81,16 @@ struct CpuLanes {
 
   explicit CpuLanes(int64_t e) : experts(int(e)), count(int((e + w - 1) / w)) {}
 
-  TOPN_ALWAYS Key index(int i) const {
+  TOPN_INLINE Key index(int i) const {
     Key first;
     for (int j = 0; j < w; ++j) first[j] = j;
     return first + Int(i * w);
   }
-  TOPN_ALWAYS Key real(int i) const { return index(i) < Int(experts); }
+  TOPN_INLINE Key real(int i) const { return index(i) < Int(experts); }
 
   // Halves the vector until one lane is left.
   template <class T, int N, class F>
-  static TOPN_ALWAYS T reduce(Vector<T, N> v, F f) {
+  static TOPN_INLINE T reduce(Vector<T, N> v, F f) {
     if constexpr (N == 1) {
       return v[0];
     } else {
@@ -103,21 +100,21 @@ struct CpuLanes {
       return reduce<T, N / 2>(f(low, high), f);
     }
   }
-  TOPN_ALWAYS R max(V v) const {
+  TOPN_INLINE R max(V v) const {
     return reduce<R, w>(v, [](auto a, auto b) { return a > b ? a : b; });
   }
-  TOPN_ALWAYS R sum(V v) const {
+  TOPN_INLINE R sum(V v) const {
     return reduce<R, w>(v, [](auto a, auto b) { return a + b; });
   }
-  TOPN_ALWAYS Int max(Key v) const {
+  TOPN_INLINE Int max(Key v) const {
     return reduce<Int, w>(v, [](auto a, auto b) { return a > b ? a : b; });
   }
-  TOPN_ALWAYS Int min(Key v) const {
+  TOPN_INLINE Int min(Key v) const {
     return reduce<Int, w>(v, [](auto a, auto b) { return a < b ? a : b; });
   }
-  TOPN_ALWAYS R at(const V* v, int j) const { return v[j / w][j % w]; }
-  TOPN_ALWAYS void add(V* v, int j, R value) const { v[j / w][j % w] += value; }
-  TOPN_ALWAYS void drop(Key* keys, int j) const { keys[j / w][j % w] = std::numeric_limits<Int>::min(); }
+  TOPN_INLINE R at(const V* v, int j) const { return v[j / w][j % w]; }
+  TOPN_INLINE void add(V* v, int j, R value) const { v[j / w][j % w] += value; }
+  TOPN_INLINE void drop(Key* keys, int j) const { keys[j / w][j % w] = std::numeric_limits<Int>::min(); }
 };
 
 }  // namespace TOPN_NAMESPACE
