@@ -4,17 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import (
-    INT_MAX,
-    INT_MIN,
-    AssignCase,
-    AssignResult,
-    assert_same_bits,
-    assert_same_for_any_schedule,
-    assign_case,
-    check_assignment,
-    spread,
-)
+from cases import INT_MAX, INT_MIN, AssignCase, AssignResult, assign_case, check_assignment
+from compare import assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating.ops import POLICIES
 

@@ -2,23 +2,13 @@
 
 import pytest
 import torch
-from cases import (
-    FLOATS,
-    Assignment,
-    assert_near,
-    assert_same_bits,
-    assert_same_for_any_schedule,
-    assignment,
-    honest,
-    spread,
-    tampered,
-)
+from cases import Assignment, assignment, dtypes, honest, tampered
+from compare import assert_near, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating import reference
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 dims = pytest.mark.parametrize("dim", [1, 3, 17, 64, 513])
 
 

@@ -4,24 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import (
-    FLOATS,
-    Assignment,
-    assert_near,
-    assert_same_bits,
-    assert_same_for_any_schedule,
-    assignment,
-    in_range,
-    spread,
-    tampered,
-)
+from cases import Assignment, assignment, dtypes, in_range, tampered
+from compare import assert_near, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating import reference
 from topn_gating.dtypes import real_dtype
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 SIZES = [(1, 1), (1, 17), (2, 2), (3, 5), (5, 16), (7, 13), (8, 4), (16, 16), (33, 3), (64, 5), (9, 200)]
 sizes = pytest.mark.parametrize(("experts", "capacity"), SIZES)
 

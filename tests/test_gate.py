@@ -4,16 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import (
-    FLOATS,
-    GateCase,
-    assert_near,
-    assert_relative,
-    assert_same_bits,
-    assert_same_for_any_schedule,
-    gate_case,
-    spread,
-)
+from cases import FLOATS, GateCase, dtypes, gate_case
+from compare import assert_near, assert_relative, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating.dtypes import real_dtype
 
@@ -30,7 +22,6 @@ VARIANTS = {
     "all": {"noise": True, "mask": True, "soft": True},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 sizes = pytest.mark.parametrize(("experts", "top_n"), SIZES)
 
 

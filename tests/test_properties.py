@@ -13,8 +13,6 @@ from cases import (
     Assignment,
     Backend,
     GateCase,
-    assert_near,
-    assert_same_bits,
     assign_case,
     assignment,
     by_group,
@@ -23,6 +21,7 @@ from cases import (
     honest,
     tampered,
 )
+from compare import assert_near, assert_same_bits
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 

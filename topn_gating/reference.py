@@ -4,6 +4,10 @@ Every function takes and returns what its namesake in :mod:`topn_gating` does, r
 gives the gradients. It costs what such code costs, a ``(…, n, k, e)`` one-hot and more; nothing but tests, the demo's
 comparison and ``differentiable_topk_fused=False`` uses it.
 
+"SPEC step" in this project's comments counts: 1 capacity (``expert_capacity``), 2 logits (``TopNGating.logits``), 3 noise,
+4 gates, 5 top-n, 6 weights (:func:`gate`), 7 threshold masking, 8 capacity assignment (:func:`assign`), 9 dense outputs
+(:func:`dense`), 10 losses (:func:`gate`, :func:`balance`).
+
 Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features.
 """
 

@@ -41,7 +41,8 @@ void copy_line(char* to, const char* from, bool stream) {
 template <class T>
 class Writer {
  public:
-  Writer(T* begin, T* end, bool stream) : at_(reinterpret_cast<char*>(begin)), end_(reinterpret_cast<char*>(end)), stream_(stream) {
+  Writer(T* begin, T* end, bool stream)
+      : at_(reinterpret_cast<char*>(begin)), end_(reinterpret_cast<char*>(end)), stream_(stream) {
     char* whole = align_up(at_);
     if (whole > end_) whole = end_;
     // The first line may be shared with the stretch before: ordinary stores.
@@ -147,7 +148,8 @@ void dense_backward_tokens(const DenseBackward& a, int64_t begin, int64_t end) {
       Real grad = 0;
       if (c >= 0 && c < s.capacity && e >= 0 && e < s.experts) {
         const auto at = [&](const void* tensor, const int64_t* strides) {
-          return load_one(static_cast<const T*>(tensor) + group * strides[0] + n * strides[1] + e * strides[2] + c * strides[3]);
+          const int64_t where = group * strides[0] + n * strides[1] + e * strides[2] + c * strides[3];
+          return load_one(static_cast<const T*>(tensor) + where);
         };
         if (a.grad_combine != nullptr) grad += at(a.grad_combine, a.combine_strides);
         if (a.grad_dispatch != nullptr) grad += at(a.grad_dispatch, a.dispatch_strides);

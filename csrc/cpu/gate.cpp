@@ -97,31 +97,31 @@ void gate_tokens(const Gate& a, int64_t tiles_of_group, int64_t begin, int64_t e
   }
 }
 
-// Adds the tiles of each group up, in order; returns through `partial` what the group gives to the two losses.
+// Adds a group's tiles up, in order.
 template <class Real>
-void gate_group(const Gate& a, int64_t tiles_of_group, int64_t group, double* balance, double* z_loss, double* tokens) {
+GroupSums gate_group(const Gate& a, int64_t tiles_of_group, int64_t group) {
   const int64_t tiles = a.groups * tiles_of_group;
   Scratch<double> importance(a.experts);
   std::fill_n(static_cast<double*>(importance), a.experts, 0.0);
   int32_t* top_count = a.top_count + group * a.experts;
   std::fill_n(top_count, a.experts, 0);
-  *z_loss = 0;
+  GroupSums sum{};
   for (int64_t tile = group * tiles_of_group; tile < (group + 1) * tiles_of_group; ++tile) {
     const TileSums sums(a.workspace, tiles, a.experts, tile);
     for (int64_t e = 0; e < a.experts; ++e) importance[e] += sums.importance[e];
     for (int64_t e = 0; e < a.experts; ++e) top_count[e] += sums.top_count[e];
-    *z_loss += *sums.z_loss;
+    sum.z_loss += *sums.z_loss;
   }
   int64_t real = 0;
   for (int64_t e = 0; e < a.experts; ++e) real += top_count[e];
   const double share = 1.0 / double(std::max<int64_t>(real, 1));
   Real* mean = static_cast<Real*>(a.importance) + group * a.experts;
-  *balance = 0;
   for (int64_t e = 0; e < a.experts; ++e) {
     mean[e] = Real(importance[e] * share);
-    *balance += importance[e] * share * (top_count[e] * share);
+    sum.balance += importance[e] * share * (top_count[e] * share);
   }
-  *tokens = double(real);
+  sum.tokens = double(real);
+  return sum;
 }
 
 template <class Real>
@@ -132,22 +132,19 @@ void gate_losses(const Gate& a, int64_t tiles_of_group, ParallelFor parallel_for
     *static_cast<Real*>(a.balance_loss) = *static_cast<Real*>(a.router_z_loss) = 0;
     return;
   }
-  double* partial = static_cast<double*>(a.workspace) + gate_group_sums(a.groups, a.tokens, a.experts);
+  GroupSums* sums = gate_group_sums(a.workspace, a.groups, a.tokens, a.experts);
   parallel(parallel_for, a.groups, tiles_of_group * a.experts, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      double* of_group = partial + 3 * group;
-      gate_group<Real>(a, tiles_of_group, group, of_group, of_group + 1, of_group + 2);
-    }
+    for (int64_t group = begin; group < end; ++group) sums[group] = gate_group<Real>(a, tiles_of_group, group);
   });
-  double balance = 0, z_loss = 0, tokens = 0;
+  GroupSums all{};
   for (int64_t group = 0; group < a.groups; ++group) {
-    balance += partial[3 * group];
-    z_loss += partial[3 * group + 1];
-    tokens += partial[3 * group + 2];
+    all.balance += sums[group].balance;
+    all.z_loss += sums[group].z_loss;
+    all.tokens += sums[group].tokens;
   }
   // e² · mean over groups and experts
-  *static_cast<Real*>(a.balance_loss) = Real(balance * double(a.experts) / double(std::max<int64_t>(a.groups, 1)));
-  *static_cast<Real*>(a.router_z_loss) = Real(z_loss / std::max(tokens, 1.0));
+  *static_cast<Real*>(a.balance_loss) = Real(all.balance * double(a.experts) / double(std::max<int64_t>(a.groups, 1)));
+  *static_cast<Real*>(a.router_z_loss) = Real(all.z_loss / std::max(all.tokens, 1.0));
 }
 
 }  // namespace

@@ -69,7 +69,8 @@ struct Gradient {
       const SoftTopN soft(lanes, lanes.experts, int(a.top_n), static_cast<V*>(q));
       for (int64_t k = 0; k < a.top_n; ++k) v[k] = soft.score(lanes.at(q, expert[k]));
       weights(grad_w);
-      soft.backward(lanes, q, static_cast<const int32_t*>(expert), static_cast<const double*>(grad_v), int(a.top_n), static_cast<V*>(grad_p));
+      soft.backward(lanes, static_cast<V*>(q), static_cast<const int32_t*>(expert), static_cast<const double*>(grad_v),
+                    int(a.top_n), static_cast<V*>(grad_p));
     }
   }
 

@@ -29,7 +29,7 @@ template <class Tokens, class Slots>
 void parallel_tokens_slots(const Assignment& a, int64_t dim, ParallelFor parallel_for, const Tokens& tokens,
                            const Slots& slots) {
   const int64_t num_tokens = a.groups * a.tokens, num_slots = a.groups * a.experts * a.capacity;
-  // A token moves top_n rows and a slot at most one: in one index space a token counts for as many slots.
+  // An item is a token and its share of the slots, so that every part of the loop gets its share of both.
   const int64_t slots_per_item = std::max<int64_t>(1, (num_slots + num_tokens - 1) / std::max<int64_t>(1, num_tokens));
   const int64_t items = std::max(num_tokens, (num_slots + slots_per_item - 1) / slots_per_item);
   parallel(parallel_for, items, dim * (a.top_n + 1), [&](int64_t begin, int64_t end) {

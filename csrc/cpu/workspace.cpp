@@ -3,7 +3,7 @@
 namespace topn_gating::cpu {
 
 int64_t gate_workspace(int64_t groups, int64_t tokens, int64_t experts) {
-  return (gate_group_sums(groups, tokens, experts) + 3 * groups) * int64_t(sizeof(double));
+  return gate_tile_bytes(groups, tokens, experts) + groups * int64_t(sizeof(GroupSums));
 }
 
 int64_t assign_workspace(int64_t groups, int64_t tokens, int64_t experts, int64_t top_n) {

@@ -11,10 +11,19 @@ constexpr int64_t kGateTile = 128;  // tokens
 
 inline int64_t gate_tiles(int64_t tokens) { return (tokens + kGateTile - 1) / kGateTile; }
 
-// Where gate's sums of whole groups (balance, z-loss, real tokens) lie, in doubles, behind those of its tiles.
-inline int64_t gate_group_sums(int64_t groups, int64_t tokens, int64_t experts) {
+// What a group gives to the two losses.
+struct GroupSums {
+  double balance, z_loss, tokens;  // tokens: the real ones
+};
+
+// Bytes of the sums of gate's tiles; those of its groups lie behind them.
+inline int64_t gate_tile_bytes(int64_t groups, int64_t tokens, int64_t experts) {
   const int64_t tiles = groups * gate_tiles(tokens);
-  return tiles * (experts + 1) + (tiles * experts + 1) / 2;
+  return (tiles * (experts + 1) + (tiles * experts + 1) / 2) * int64_t(sizeof(double));
+}
+
+inline GroupSums* gate_group_sums(void* workspace, int64_t groups, int64_t tokens, int64_t experts) {
+  return reinterpret_cast<GroupSums*>(static_cast<char*>(workspace) + gate_tile_bytes(groups, tokens, experts));
 }
 
 // Tokens of assign's tiles: a tile's counters, k·e of them, must not outgrow its pairs.

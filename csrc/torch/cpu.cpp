@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   const Tensor top_count = make(logits, with_last(shape, 2, {experts}), ScalarType::Int);
   const Tensor balance_loss = make(logits, {}, real(type));
   const Tensor router_z_loss = make(logits, {}, real(type));
-  const Tensor space = workspace(logits, losses ? cpu::gate_workspace(a.groups, a.tokens, experts) : 0);
+  const Tensor space = workspace(logits, cpu::gate_workspace(a.groups, a.tokens, experts));
   a.weight = written(weight);
   a.expert = written<int32_t>(expert);
   a.importance = written(importance);
@@ -200,7 +200,8 @@ Tensor dense_backward(const std::optional<Tensor>& grad_dispatch, const std::opt
   STD_TORCH_CHECK(grad_dispatch.has_value() || grad_combine.has_value(), "grad_dispatch or grad_combine must be given");
   const Tensor& some = grad_combine.has_value() ? *grad_combine : *grad_dispatch;
   const Shape shape = shape_of(some), pairs = shape_of(slot);
-  STD_TORCH_CHECK(shape.size() >= 3 && pairs.size() + 1 == shape.size(), "a gradient must have shape (..., tokens, experts, capacity)");
+  STD_TORCH_CHECK(shape.size() >= 3 && pairs.size() + 1 == shape.size(),
+                  "a gradient must have shape (..., tokens, experts, capacity)");
   const ScalarType type = some.scalar_type();
 
   DenseBackward a{};
@@ -247,8 +248,8 @@ std::tuple<Tensor, Tensor> dispatch_backward(const Tensor& grad_y, const std::op
   const auto rows = take("x", x, expert, assigned.token_rows(dim), type);
   const Tensor grad_x = make(grad_y, assigned.token_rows(dim), type);
   const Tensor grad_weight = make(grad_y, x.has_value() ? assigned.pairs() : Shape{0}, real(type));
-  cpu::kernels().dispatch_backward({dtype_of("grad_y", type), assigned.sizes, dim, pointer(grad), pointer(rows), written(grad_x),
-                                    x.has_value() ? written(grad_weight) : nullptr},
+  cpu::kernels().dispatch_backward({dtype_of("grad_y", type), assigned.sizes, dim, pointer(grad), pointer(rows),
+                                    written(grad_x), x.has_value() ? written(grad_weight) : nullptr},
                                    parallel_for);
   return {grad_x, grad_weight};
 }

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -29,7 +30,9 @@ inline DType dtype_of(const char* name, ScalarType type) {
     case ScalarType::Double: return DType::F64;
     case ScalarType::BFloat16: return DType::BF16;
     case ScalarType::Half: return DType::F16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(type));
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(type));
   }
 }
 
@@ -102,8 +105,8 @@ inline Assignment sizes_of(const char* name, const Tensor& expert, int64_t exper
   a.experts = experts;
   a.capacity = capacity;
   STD_TORCH_CHECK(a.top_n >= 1, "top_n must be at least 1, got 0");
-  STD_TORCH_CHECK(a.tokens <= std::numeric_limits<int32_t>::max() / a.top_n, "tokens * top_n must be below 2^31, got ", a.tokens,
-                  " * ", a.top_n);
+  STD_TORCH_CHECK(a.tokens <= std::numeric_limits<int32_t>::max() / a.top_n, "tokens * top_n must be below 2^31, got ",
+                  a.tokens, " * ", a.top_n);
   return a;
 }
 
@@ -117,7 +120,8 @@ struct Assigned {
     const Shape pairs = shape_of(expert_in);
     slots = shape_of(source_in);
     STD_TORCH_CHECK(pairs.size() >= 2, "expert must have shape (..., tokens, top_n)");
-    STD_TORCH_CHECK(slots.size() == pairs.size() && Shape(slots.begin(), slots.end() - 2) == Shape(pairs.begin(), pairs.end() - 2),
+    STD_TORCH_CHECK(slots.size() == pairs.size(), "source must have shape (..., experts, capacity), like expert");
+    STD_TORCH_CHECK(std::equal(slots.begin(), slots.end() - 2, pairs.begin()),
                     "source must have shape (..., experts, capacity) with the groups of expert");
     tokens = with_last(pairs, 1, {});
     sizes = sizes_of("expert", expert_in, slots[slots.size() - 2], slots.back());
