@@ -1,12 +1,20 @@
-"""Builds topn_gating._C. Needs torch in the environment: pip install --no-build-isolation ."""
+"""Builds topn_gating._C. Needs torch in the environment: pip install --no-build-isolation .
 
+TOPN_GATING_CUDA=auto (the default) builds the CUDA kernels where torch has CUDA and nvcc is found; 1 builds them or fails,
+for a torch without CUDA too; 0 leaves them out. TORCH_CUDA_ARCH_LIST chooses their architectures.
+"""
+
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
         "topn_gating is built against the torch that it will run with: install torch>=2.10 first, "
@@ -16,26 +24,99 @@ except ImportError as error:
 import pybind11
 
 ROOT = Path(__file__).parent
-# The floor of the stable ABI that the extension is built for: torch 2.10.
-STABLE_ABI = "0x020a000000000000"
+# What the extension asks of torch's stable ABI: the floor, torch 2.10, and for CUDA's current stream 2.13. Before 2.13,
+# libtorch_cuda gives the stream.
+STABLE_ABI, STABLE_ABI_OF_STREAM = "0x020a000000000000", "0x020d000000000000"
+STREAM_IN_ABI = torch.__version__ >= (2, 13)
 
 
-def sources() -> list[str]:
-    """The translation units: level_*.cpp include the kernels, one level of the instruction set each."""
-    kernels = ["level.cpp", "level_baseline.cpp", "level_avx2.cpp", "workspace.cpp"]
-    glue = ["schema.cpp", "cpu.cpp", "module.cpp"]
-    return [f"csrc/cpu/{name}" for name in kernels] + [f"csrc/torch/{name}" for name in glue]
+def find_nvcc() -> str | None:
+    """The CUDA compiler, where torch looks for it too."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "topn_gating._C",
-            sources(),
-            include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-            define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("TOPN_BUILD_TORCH", f'"{torch.__version__}"')],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"],
+def cuda_compiler() -> str | None:
+    """The nvcc to build with, or None for a build without CUDA."""
+    wanted = os.environ.get("TOPN_GATING_CUDA") or "auto"
+    if wanted not in ("auto", "1", "0"):
+        raise SystemExit(f"TOPN_GATING_CUDA must be auto, 1 or 0, got {wanted!r}.")
+    if wanted == "0" or (wanted == "auto" and torch.version.cuda is None):
+        return None
+    nvcc = find_nvcc()
+    if wanted == "1" and nvcc is None:
+        toolkit = f"the CUDA {torch.version.cuda} toolkit" if torch.version.cuda else "a CUDA toolkit"
+        raise SystemExit(f"TOPN_GATING_CUDA=1 needs nvcc: install {toolkit}, and put nvcc on the PATH or set CUDA_HOME.")
+    if wanted == "1" and torch.version.cuda is None and not STREAM_IN_ABI:
+        raise SystemExit("TOPN_GATING_CUDA=1 with a torch without CUDA needs torch 2.13 or later.")
+    return nvcc
+
+
+def cuda_version(nvcc: str) -> str:
+    """The toolkit's version, which must be torch's but for the minor number."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", said)[1]
+    if torch.version.cuda and torch.version.cuda.split(".")[0] != version.split(".")[0]:
+        raise SystemExit(
+            f"{nvcc} is of CUDA {version}, this torch of CUDA {torch.version.cuda}: set CUDA_HOME to a toolkit that fits, "
+            "or TOPN_GATING_CUDA=0 to build without CUDA."
         )
-    ],
-    cmdclass={"build_ext": BuildExtension},
+    return version
+
+
+def add_cuda(extension, nvcc: str) -> None:
+    """Adds the CUDA kernels to the extension."""
+    version = cuda_version(nvcc)
+    # nvcc can be a script that starts another one, which tells where it lies; torch without CUDA leaves CUDA_HOME empty.
+    said = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True).stderr
+    cpp_extension.CUDA_HOME = str(Path(re.search(r"_HERE_=(.+)", said)[1]).parent)
+    default = "8.0;9.0;10.0+PTX" if [int(n) for n in version.split(".")] >= [12, 8] else "8.0;9.0+PTX"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    architectures = re.findall(r",code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))
+    architectures.sort(key=lambda name: (len(name), name))  # sm_80 sm_90 sm_100 compute_100
+
+    extension.sources += ["csrc/torch/cuda.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
+    told = {"TOPN_CUDA_VERSION": version, "TOPN_CUDA_ARCHITECTURES": " ".join(architectures)}
+    extension.define_macros += [(name, f'"{value}"') for name, value in told.items()]
+    extension.include_dirs += cpp_extension.include_paths("cuda", torch_include_dirs=False)
+    extension.library_dirs += cpp_extension.library_paths("cuda", torch_include_dirs=False)
+    # A CUDA runtime of its own, whose names stay inside: torch's is a shared library, or none.
+    extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
+    extension.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
+    if not STREAM_IN_ABI:
+        extension.libraries += ["torch_cuda"]
+
+
+def extension(nvcc: str | None):
+    """The extension, with CUDA if there is a compiler for it."""
+    kernels = ["level.cpp", "level_baseline.cpp", "level_avx2.cpp", "workspace.cpp"]  # level_*.cpp include the kernels
+    glue = ["schema.cpp", "cpu.cpp", "module.cpp"]
+    flags = ["-O3", "-std=c++17"]
+    result = cpp_extension.CppExtension(
+        "topn_gating._C",
+        [f"csrc/cpu/{name}" for name in kernels] + [f"csrc/torch/{name}" for name in glue],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", STABLE_ABI_OF_STREAM if nvcc and STREAM_IN_ABI else STABLE_ABI),
+            ("TOPN_BUILD_TORCH", f'"{torch.__version__}"'),
+        ],
+        extra_compile_args={
+            "cxx": [*flags, "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"],
+            "nvcc": [*flags, "-Xcompiler", "-fvisibility=hidden"],
+        },
+    )
+    if nvcc is None:
+        result.sources += ["csrc/torch/no_cuda.cpp"]
+    else:
+        add_cuda(result, nvcc)
+    return result
+
+
+nvcc = cuda_compiler()
+setup(
+    ext_modules=[extension(nvcc)],
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    options={"build": {"build_base": "build/cuda" if nvcc else "build/cpu"}},  # each keeps its objects
 )

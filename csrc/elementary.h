@@ -1,9 +1,18 @@
 // Exponential and logarithm in float, on a SIMD vector or a scalar, the same bits on every backend but for contraction.
 #pragma once
 
+#include <cstdint>
+
 #include "inline.h"
 
 namespace TOPN_NAMESPACE {
+
+// An integer in the place of a float's exponent; NaN brings any.
+template <class I>
+TOPN_INLINE I to_exponent(I n) {
+  return n << 23;
+}
+TOPN_INLINE int32_t to_exponent(int32_t n) { return int32_t(uint32_t(n) << 23); }
 
 // exp(d + error) for d <= 0 (or NaN), where error is small against d: the rounding that d = s - max has lost. Within
 // 2 ulp down to the smallest denormal. Cody-Waite reduction, then the Taylor series to the 7th order, which is past
@@ -26,8 +35,8 @@ TOPN_INLINE V exp_float(V d, V error) {
   // 2^n in two factors, since 2^n itself may be denormal.
   const auto exponent = as_int(shifted) - as_int(magic);
   const auto half = exponent >> 1;
-  const V low = as_float((half + 127) << 23);
-  const V high = as_float((exponent - half + 127) << 23);
+  const V low = as_float(to_exponent(half + 127));
+  const V high = as_float(to_exponent(exponent - half + 127));
   return ((p + 1.0f) * low) * high;
 }
 

@@ -34,7 +34,7 @@ struct Gate {
   int32_t* top_count;         // (g, e): real tokens whose rank-0 expert this is
   void* balance_loss;         // () Real
   void* router_z_loss;        // () Real
-  void* workspace;            // gate_workspace(...) bytes, 16-byte aligned
+  void* workspace;            // workspace_bytes(*this) of them, 16-byte aligned
 };
 
 // Gradient of Gate's weight, importance and losses with respect to the logits. A null gradient is zero.
@@ -51,8 +51,9 @@ struct GateBackward {
   const void* noise;
   const bool* padding_mask;
   const int32_t* expert;     // (g, n, k); out of range: read as 0
-  const int32_t* top_count;  // all zeros where the forward was asked for no losses
+  const int32_t* top_count;  // (g, e)
   void* grad_logits;         // (g, n, e), the dtype of the logits
+  void* workspace;           // workspace_bytes(*this) of them, 16-byte aligned
 };
 
 // SPEC steps 7 and 8: threshold masking and capacity assignment.
@@ -70,7 +71,7 @@ struct Assign {
   int32_t* slot;             // (g, n, k)
   int32_t* source;           // (g, e, C): n * top_n + rank of the pair that holds the slot, -1 where empty
   int32_t* demand;           // (g, e): routed pairs before the capacity drop
-  void* workspace;           // assign_workspace(...) bytes
+  void* workspace;           // workspace_bytes(*this) of them, 16-byte aligned
 };
 
 struct AssignBackward {
@@ -155,8 +156,9 @@ namespace cpu {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
-int64_t gate_workspace(int64_t groups, int64_t tokens, int64_t experts);
-int64_t assign_workspace(int64_t groups, int64_t tokens, int64_t experts, int64_t top_n);
+int64_t workspace_bytes(const Gate&);
+int64_t workspace_bytes(const GateBackward&);
+int64_t workspace_bytes(const Assign&);
 
 // One set of kernels for one level of the instruction set.
 struct Kernels {

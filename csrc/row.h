@@ -1,17 +1,18 @@
 // The maths of one token, the same on every backend.
 //
 // A row is the e values of one token, spread over lanes: `lanes.count` values of type V, where V is a SIMD vector on the
-// CPU and a scalar of one thread on a GPU. `Lanes` says how they are spread and reduces across them:
+// CPU and a scalar of one thread on a GPU. `Row` holds them: a V* on the CPU, anything with an operator[]. `Lanes` says how
+// they are spread and reduces across them:
 //
 //   V                     a vector of, or one, R (float or double)
 //   Key, R                the ordered integers of V's shape; the scalar type
-//   count                 values of type V in a row
+//   count, unroll         values of type V in a row; how often a GPU repeats the body of a loop over them
 //   max(V), sum(V)        reductions over the lanes, in a fixed order
 //   index(i), real(i)     experts at value i, as Key; which of them there are
 //   max(Key), min(Key)
-//   at(const V*, j)       the entry of expert j
-//   add(V*, j, R)         adds to it
-//   drop(Key*, j)         sets the key of expert j below all others
+//   at(Row, j)            the entry of expert j
+//   add(Row, j, R)        adds to it
+//   drop(Row, j)          sets the key of expert j below all others
 //
 // Entries past the last expert hold -inf as scores and so 0 as gates. Whoever includes this has declared, for V,
 // `exp_value(d, error)` (see elementary.h) and `log_value(u)`, and as_int, which gives a value's bits.
@@ -44,42 +45,52 @@ TOPN_INLINE typename Lanes::Key score_key(typename Lanes::V s) {
   return s == s ? ordered : Key{} + highest;
 }
 
-// The scores' maximum, and the logarithm of the sum of exp(score - max): their logsumexp in two parts.
+// exp(s - max), with what the subtraction rounds away (Knuth's two-sum).
+template <class V, class R>
+TOPN_INLINE V exp_below(V s, R max) {
+  const V d = s - max;
+  const V back = d - s;
+  const V lost = (s - (d - back)) + (V{} - max - back);
+  return exp_value(d, lost);
+}
+
+// The scores' maximum, and the sum of exp(score - max): their logsumexp in two parts.
 struct LogSumExp {
-  double max, log_sum;
-  TOPN_INLINE double value() const { return max + log_sum; }
+  double max, sum;
+  TOPN_INLINE double value() const { return max + std::log(sum); }
 };
 
 // SPEC step 4, in place: scores become gates. Returns the logsumexp of the scores.
-template <class Lanes>
-TOPN_INLINE LogSumExp softmax(const Lanes& lanes, typename Lanes::V* s) {
+template <class Lanes, class Row>
+TOPN_INLINE LogSumExp softmax(const Lanes& lanes, Row&& s) {
   using V = typename Lanes::V;
   using R = typename Lanes::R;
   V highest = s[0];
+  TOPN_UNROLL_BY(Lanes::unroll)
   for (int i = 1; i < lanes.count; ++i) highest = s[i] > highest ? s[i] : highest;
   const R max = lanes.max(highest);
   V total{};
+  TOPN_UNROLL_BY(Lanes::unroll)
   for (int i = 0; i < lanes.count; ++i) {
-    const V d = s[i] - max;
-    const V back = d - s[i];
-    const V lost = (s[i] - (d - back)) + (V{} - max - back);  // what the subtraction rounded away (Knuth's two-sum)
-    s[i] = exp_value(d, lost);
+    s[i] = exp_below(s[i], max);
     total += s[i];
   }
   const R sum = lanes.sum(total);
   const R scale = R(1) / sum;
+  TOPN_UNROLL_BY(Lanes::unroll)
   for (int i = 0; i < lanes.count; ++i) s[i] *= scale;
-  return {double(max), std::log(double(sum))};
+  return {double(max), double(sum)};
 }
 
 // SPEC step 5: the experts of the top_n highest keys, ties to the lower index. Uses up the keys.
-template <class Lanes, class Chosen>
-TOPN_INLINE void stable_topn(const Lanes& lanes, typename Lanes::Key* keys, int top_n, const Chosen& chosen) {
+template <class Lanes, class Keys, class Chosen>
+TOPN_INLINE void stable_topn(const Lanes& lanes, Keys&& keys, int top_n, const Chosen& chosen) {
   using Key = typename Lanes::Key;
   using Int = typename Lanes::Int;
   for (int k = 0; k < top_n; ++k) {
     Key best = keys[0];
     Key where = lanes.index(0);
+    TOPN_UNROLL_BY(Lanes::unroll)
     for (int i = 1; i < lanes.count; ++i) {
       const auto higher = keys[i] > best;
       best = higher ? keys[i] : best;
@@ -103,16 +114,20 @@ struct SoftTopN {
   double k;
   double cap[iterations];  // A after each iteration
 
-  template <class Lanes>
-  TOPN_INLINE SoftTopN(const Lanes& lanes, int experts, int top_n, typename Lanes::V* p) {
+  // Makes q of the gates p, in place.
+  template <class Lanes, class Row>
+  TOPN_INLINE SoftTopN(const Lanes& lanes, int experts, int top_n, Row&& p) {
     using V = typename Lanes::V;
     static_assert(sizeof(typename Lanes::R) == sizeof(double), "the soft top-n is computed in double");
     k = top_n * 9.0 / 8.0 < experts ? top_n * 9.0 / 8.0 : experts;
+    TOPN_UNROLL_BY(Lanes::unroll)
     for (int i = 0; i < lanes.count; ++i) p[i] = lanes.real(i) ? exp_value(V(p[i] / epsilon), V{}) : V{};
     cap[0] = experts / k;
+    TOPN_UNROLL
     for (int t = 1; t < iterations; ++t) {
       const V least = V{} + cap[t - 1];
       V total{};
+      TOPN_UNROLL_BY(Lanes::unroll)
       for (int i = 0; i < lanes.count; ++i) total += p[i] > least ? least : p[i];
       cap[t] = lanes.sum(total) / k;
     }
@@ -120,24 +135,28 @@ struct SoftTopN {
 
   TOPN_INLINE double score(double q) const { return q > cap[iterations - 1] ? 1.0 : q / cap[iterations - 1]; }
 
-  // The gradient of p, where q = exp(p / ε), from the gradients of the chosen experts' scores.
-  template <class Lanes>
-  TOPN_INLINE void backward(const Lanes& lanes, typename Lanes::V* q, const int32_t* expert, const double* grad,
-                            int top_n, typename Lanes::V* grad_p) const {
+  // The gradient of p, where q = exp(p / ε), from the chosen experts expert(j) and the gradients grad(j) of their scores.
+  template <class Lanes, class Row, class Expert, class Grad>
+  TOPN_INLINE void backward(const Lanes& lanes, Row&& q, int top_n, const Expert& expert, const Grad& grad,
+                            Row&& grad_p) const {
     using V = typename Lanes::V;
+    TOPN_UNROLL_BY(Lanes::unroll)
     for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
     double grad_log_cap = 0;
     for (int j = 0; j < top_n; ++j) {
-      const double value = lanes.at(q, expert[j]);
+      const int chosen = expert(j);
+      const double value = lanes.at(q, chosen);
       if (value > cap[iterations - 1]) continue;
-      const double term = grad[j] * score(value);
-      lanes.add(grad_p, expert[j], term);
+      const double term = grad(j) * score(value);
+      lanes.add(grad_p, chosen, term);
       grad_log_cap -= term;
     }
+    TOPN_UNROLL
     for (int t = iterations - 1; t > 0; --t) {
       const V least = V{} + cap[t - 1];
       const double scale = grad_log_cap / (k * cap[t]);
       V capped{};
+      TOPN_UNROLL_BY(Lanes::unroll)
       for (int i = 0; i < lanes.count; ++i) {
         const auto over = q[i] > least;
         grad_p[i] += over ? V{} : q[i] * scale;
@@ -145,6 +164,7 @@ struct SoftTopN {
       }
       grad_log_cap = scale * lanes.sum(capped) * cap[t - 1];
     }
+    TOPN_UNROLL_BY(Lanes::unroll)
     for (int i = 0; i < lanes.count; ++i) grad_p[i] /= epsilon;
   }
 };

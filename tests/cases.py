@@ -4,6 +4,7 @@ A case knows its inputs, runs an operator on a backend, and evaluates ``topn_gat
 come back on the CPU whatever the backend.
 """
 
+from ctypes import CDLL, c_uint64
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 EPS = 1e-9
 
 
-class Backend(NamedTuple):
+@dataclass(frozen=True)
+class Backend:
     """Where an operator runs: ``torch.ops.<namespace>`` on tensors of ``device``."""
 
     namespace: str
@@ -31,6 +33,25 @@ class Backend(NamedTuple):
     def __call__(self, name: str, *args):
         out = getattr(getattr(torch.ops, self.namespace), name)(*to(self.device, args))
         return out.cpu() if isinstance(out, Tensor) else to("cpu", out)
+
+
+@dataclass(frozen=True)
+class SimtBackend(Backend):
+    """The CUDA kernels on the host: each call runs under every schedule, and all must give the same bits."""
+
+    library: CDLL
+
+    # (kind, seed) of simt_control.h: first in first out, last in first out, random
+    SCHEDULES = (0, 0), (1, 0), (2, 1), (2, 2)
+
+    def __call__(self, name: str, *args):
+        results = []
+        for kind, seed in self.SCHEDULES:
+            self.library.simt_set_schedule(kind, c_uint64(seed))
+            results.append(super().__call__(name, *args))
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+        return results[0]
 
 
 def to(device: str, args: tuple) -> tuple:

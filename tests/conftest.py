@@ -1,8 +1,12 @@
 """Fixtures of every test file, and Hypothesis' profile."""
 
+import ctypes
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from cases import Backend
+from cases import Backend, SimtBackend
 from hypothesis import settings
 
 from topn_gating import ops
@@ -10,8 +14,22 @@ from topn_gating import ops
 settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=200, database=None)
 settings.load_profile("same every time")
 
-# Where the operator tests run. An entry is all that a further backend needs.
-BACKENDS = {"cpu": Backend("topn_gating", "cpu")}
+# What `make` builds of tests/simt; a machine with a GPU may do without.
+SIMT = Path(os.environ.get("TOPN_GATING_SIMT", Path(__file__).parents[1] / "build/simt/libtopn_gating_simt.so"))
+
+
+def backends() -> dict[str, Backend]:
+    """Where the operator tests run: the CPU, the CUDA kernels on the host, a GPU where there is one."""
+    found = {"cpu": Backend("topn_gating", "cpu")}
+    if SIMT.exists():
+        torch.ops.load_library(str(SIMT))
+        found["simt"] = SimtBackend("topn_gating_simt", "cpu", ctypes.CDLL(str(SIMT)))
+    if torch.cuda.is_available() and ops.build_info()["cuda"] is not None:
+        found["cuda"] = Backend("topn_gating", "cuda")
+    return found
+
+
+BACKENDS = backends()
 DEVICES = sorted({b.device for b in BACKENDS.values() if b.namespace == "topn_gating"})
 
 DOORS = {

@@ -6,6 +6,14 @@
 namespace TOPN_NAMESPACE {
 namespace {
 
+// Real tokens of the groups, 1 if there are none.
+double real_tokens(const GateBackward& a, int64_t first, int64_t last) {
+  if (a.padding_mask == nullptr) return std::max(double((last - first) * a.tokens), 1.0);
+  double real = 0;
+  for (int64_t i = first * a.experts; i < last * a.experts; ++i) real += a.top_count[i];
+  return std::max(real, 1.0);
+}
+
 template <class R, class T>
 struct Gradient {
   using V = Vector<R>;
@@ -24,10 +32,8 @@ struct Gradient {
   // The gradient that every real token of the group gets at its gates, from the two sums over tokens.
   void start_group(int64_t group) {
     auto& lanes = row.lanes;
-    double real = 0;
     const int32_t* top_count = a.top_count + group * a.experts;
-    for (int64_t e = 0; e < a.experts; ++e) real += top_count[e];
-    const double share = 1.0 / std::max(real, 1.0);
+    const double share = 1.0 / real_tokens(a, group, group + 1);
     const double balance = a.grad_balance_loss == nullptr
                                ? 0.0
                                : double(*static_cast<const Real*>(a.grad_balance_loss)) * double(a.experts) / double(a.groups);
@@ -69,8 +75,8 @@ struct Gradient {
       const SoftTopN soft(lanes, lanes.experts, int(a.top_n), static_cast<V*>(q));
       for (int64_t k = 0; k < a.top_n; ++k) v[k] = soft.score(lanes.at(q, expert[k]));
       weights(grad_w);
-      soft.backward(lanes, static_cast<V*>(q), static_cast<const int32_t*>(expert), static_cast<const double*>(grad_v),
-                    int(a.top_n), static_cast<V*>(grad_p));
+      soft.backward(lanes, static_cast<V*>(q), int(a.top_n), [&](int j) { return expert[j]; },
+                    [&](int j) { return grad_v[j]; }, static_cast<V*>(grad_p));
     }
   }
 
@@ -128,9 +134,7 @@ void gate_backward_tokens(const GateBackward& a, double z_scale, int64_t begin, 
 template <class Real>
 double z_loss_scale(const GateBackward& a) {
   if (a.grad_router_z_loss == nullptr) return 0;
-  double real = 0;
-  for (int64_t i = 0; i < a.groups * a.experts; ++i) real += a.top_count[i];
-  return 2.0 * double(*static_cast<const Real*>(a.grad_router_z_loss)) / std::max(real, 1.0);
+  return 2.0 * double(*static_cast<const Real*>(a.grad_router_z_loss)) / real_tokens(a, 0, a.groups);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows of d features, and which pair holds which slot: what `dispatch` and `combine` share.
+// Rows of d features: what `dispatch` and `combine` share.
 #pragma once
 
 #include "cpu/half.h"
@@ -6,23 +6,12 @@
 #include "cpu/scratch.h"
 
 namespace TOPN_NAMESPACE {
+TOPN_INLINE int64_t quotient(int64_t a, int64_t b) { return a / b; }
+}  // namespace TOPN_NAMESPACE
 
-// The slot (over all groups) that a pair holds, or -1.
-inline int64_t held_slot(const Assignment& a, int64_t pair) {
-  const int64_t of_group = a.tokens * a.top_n;
-  const int64_t group = pair / of_group, e = a.expert[pair], c = a.slot[pair];
-  if (c < 0 || c >= a.capacity || e < 0 || e >= a.experts) return -1;
-  const int64_t slot = (group * a.experts + e) * a.capacity + c;
-  return a.source[slot] == pair - group * of_group ? slot : -1;
-}
+#include "held.h"
 
-// Whether a slot (over all groups) is held by the pair that `source` names.
-inline bool is_held(const Assignment& a, int64_t slot) {
-  const int64_t of_group = a.tokens * a.top_n;
-  const int64_t pair = a.source[slot];
-  if (pair < 0 || pair >= of_group) return false;
-  return held_slot(a, slot / (a.experts * a.capacity) * of_group + pair) == slot;
-}
+namespace TOPN_NAMESPACE {
 
 // Runs tokens(begin, end) over all tokens and slots(begin, end) over all slots, as one parallel loop.
 template <class Tokens, class Slots>
@@ -41,7 +30,7 @@ void parallel_tokens_slots(const Assignment& a, int64_t dim, ParallelFor paralle
 // Writes zeros to the rows of slots that no pair holds.
 inline void clear_free_rows(const Assignment& a, void* rows, int64_t row_bytes, int64_t begin, int64_t end) {
   for (int64_t slot = begin; slot < end; ++slot) {
-    if (!is_held(a, slot)) std::memset(static_cast<char*>(rows) + slot * row_bytes, 0, row_bytes);
+    if (holding_pair(a, slot) < 0) std::memset(static_cast<char*>(rows) + slot * row_bytes, 0, row_bytes);
   }
 }
 

@@ -1,4 +1,5 @@
-// The importable module: importing it registers the operators (schema.cpp, cpu.cpp); by itself it tells of its build.
+// The importable module: importing it registers the operators (schema.cpp, cpu.cpp, and cuda.cpp or no_cuda.cpp); by itself it
+// tells of its build.
 #include <pybind11/pybind11.h>
 
 #include "router.h"
@@ -16,8 +17,13 @@ static py::dict build_info() {
   info["compiler"] = TOPN_COMPILER;
   info["torch"] = TOPN_BUILD_TORCH;  // the version that was built against; any later one runs it
   info["cpu_level"] = topn_gating::cpu::kernels().level;
+#ifdef TOPN_CUDA_VERSION
+  info["cuda"] = TOPN_CUDA_VERSION;
+  info["cuda_architectures"] = py::str(TOPN_CUDA_ARCHITECTURES).attr("split")();
+#else
   info["cuda"] = py::none();
   info["cuda_architectures"] = py::list();
+#endif
   return info;
 }
 

@@ -56,6 +56,14 @@ inline Tensor make(const Tensor& like, const Shape& shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
 }
 
+// The kernels' scratch memory, if they want any: the caller keeps it until they are launched.
+template <class Backend, class Args>
+std::optional<Tensor> workspace(const Backend& backend, const Args& a, const Tensor& like) {
+  const int64_t bytes = backend.workspace_bytes(a);
+  if (bytes == 0) return std::nullopt;
+  return make(like, {bytes}, ScalarType::Byte);
+}
+
 // Checks an input against another tensor's device and the expected shape and type, and makes it contiguous.
 inline Tensor take(const char* name, const Tensor& t, const Tensor& like, const Shape& shape, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
@@ -90,6 +98,7 @@ T* written(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 inline void* written(const Tensor& t) { return t.mutable_data_ptr(); }
+inline void* written(const std::optional<Tensor>& t) { return t.has_value() ? t->mutable_data_ptr() : nullptr; }
 
 // The sizes of (…, n, k) beside (…, e[, C]).
 inline Assignment sizes_of(const char* name, const Tensor& expert, int64_t experts, int64_t capacity) {

@@ -1,0 +1,80 @@
+// Expert buffers back to token rows on a GPU: forward a warp a token, backward a warp a slot.
+#include "cuda/launch.h"
+#include "cuda/rows.cuh"
+
+namespace topn_gating::cuda {
+namespace {
+
+struct CombineBackwardTask {
+  CombineBackward combine;
+  RowPlan plan;  // rows: slots
+};
+
+// The pairs that hold no slot have no warp of their own.
+template <class Real>
+__device__ __forceinline__ void clear_free_pairs(const Assignment& s, Real* grad_weight) {
+  const int64_t step = int64_t(gridDim.x) * blockDim.x, pairs = s.groups * s.tokens * s.top_n;
+  for (int64_t pair = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; pair < pairs; pair += step) {
+    if (held_slot(s, pair) < 0) grad_weight[pair] = 0;
+  }
+}
+
+template <class T, int Count>
+__global__ void __launch_bounds__(SIMT_BLOCK_THREADS) combine_backward_slots(CombineBackwardTask task) {
+  using R = RealOf<T>;
+  const CombineBackward& a = task.combine;
+  R* const grad_weight = static_cast<R*>(a.grad_weight);
+  clear_free_pairs(a.assignment, grad_weight);
+  for_rows(task.plan, [&](int64_t first) {
+    const int64_t last = first + task.plan.at_once < task.plan.rows ? first + task.plan.at_once : task.plan.rows;
+    const int64_t own = first + lane_id();
+    const int64_t pair = own < last ? holding_pair(a.assignment, own) : -1;
+    const int64_t token = pair < 0 ? -1 : quotient(pair, a.assignment.top_n);
+    const R weight = pair < 0 ? R(0) : static_cast<const R*>(a.weight)[pair];
+    R own_dot = 0;
+    for (int64_t slot = first; slot < last; ++slot) {
+      const int lane = int(slot - first);
+      const int64_t holder = shuffle(token, lane);
+      const R scale = shuffle(weight, lane);
+      const T* const grad_out = static_cast<const T*>(a.grad_out) + holder * a.dim;
+      R products = 0;
+      for_parts<Count>(a.dim, [&](int64_t at) {
+        Part<T, Count> grad{};
+        if (holder >= 0) {
+          Part<T, Count> y;
+          grad.load(grad_out, at, a.dim);
+          y.load(static_cast<const T*>(a.y) + slot * a.dim, at, a.dim);
+          products += dot(y, grad);
+          for_elements<Count>([&](int u, int j) {
+            T& element = grad.packs[u].v[j];
+            element = from_real<T>(scale * to_real(element));
+          });
+        }
+        grad.store(static_cast<T*>(a.grad_y) + slot * a.dim, at, a.dim);
+      });
+      products = warp_sum(products);
+      if (int(lane_id()) == lane) own_dot = products;
+    }
+    if (pair >= 0) grad_weight[pair] = own_dot;
+  });
+}
+
+}  // namespace
+
+cudaError_t combine(const Combine& a, cudaStream_t stream) {
+  return launch_sum_rows(a.dtype, {a.assignment, {}, a.dim, a.y, a.weight, a.out, nullptr, nullptr}, stream);
+}
+
+cudaError_t combine_backward(const CombineBackward& a, cudaStream_t stream) {
+  const Assignment& s = a.assignment;
+  if (s.groups == 0) return cudaSuccess;
+  const CombineBackwardTask task{a, plan_rows(s.groups * s.experts * s.capacity, 4)};
+  return with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    const bool wide = is_wide(a.dim * sizeof(T), a.grad_out, a.y, a.grad_y);
+    const auto kernel = wide ? combine_backward_slots<T, kWide<T>> : combine_backward_slots<T, 1>;
+    return SIMT_LAUNCH(kernel, task.plan.grid, SIMT_BLOCK_THREADS, 0, stream, task);
+  });
+}
+
+}  // namespace topn_gating::cuda

@@ -1,0 +1,76 @@
+// The operator `assign` and its gradient, on any backend (operators.h).
+#pragma once
+
+#include <tuple>
+
+#include "tensors.h"
+
+namespace topn_gating::binding {
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Tensor& expert,
+                                                  const std::optional<Tensor>& draws, const std::optional<Tensor>& threshold,
+                                                  const std::optional<Tensor>& padding_mask, int64_t num_gates,
+                                                  int64_t capacity, int64_t policy, double eps) {
+  const Backend backend(weight);
+  const Assignment s = sizes_of("weight", weight, num_gates, capacity);
+  const Shape shape = shape_of(weight);
+  const ScalarType type = weight.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "weight must be float32 or float64, got ",
+                  torch::headeronly::toString(type));
+  STD_TORCH_CHECK(policy >= 0 && policy <= int64_t(Policy::None), "policy must be from 0 to 3, got ", policy);
+
+  Assign a{};
+  a.is_double = type == ScalarType::Double;
+  a.groups = s.groups;
+  a.tokens = s.tokens;
+  a.experts = s.experts;
+  a.top_n = s.top_n;
+  a.capacity = s.capacity;
+  a.policy = Policy(policy);
+  a.eps = eps;
+  const bool random = a.policy == Policy::Random;
+  STD_TORCH_CHECK(!random || draws.has_value(), "draws must be given for the random policy");
+  STD_TORCH_CHECK(threshold.has_value() || !(random || a.policy == Policy::Threshold),
+                  "threshold must be given for the random and threshold policies");
+  const Tensor w = take("weight", weight, weight, shape, type);
+  const Tensor chosen = take("expert", expert, weight, shape, ScalarType::Int);
+  const auto u = take("draws", draws, weight, shape, type);
+  const auto least = take("threshold", threshold, weight, {s.top_n}, type);
+  const auto mask = take("padding_mask", padding_mask, weight, with_last(shape, 1, {}), ScalarType::Bool);
+  a.weight = pointer(w);
+  a.expert = pointer<int32_t>(chosen);
+  a.draws = pointer(u);
+  a.threshold = pointer(least);
+  a.padding_mask = pointer<bool>(mask);
+
+  const Tensor kept = make(weight, shape, type);
+  const Tensor slot = make(weight, shape, ScalarType::Int);
+  const Tensor source = make(weight, with_last(shape, 2, {num_gates, capacity}), ScalarType::Int);
+  const Tensor demand = make(weight, with_last(shape, 2, {num_gates}), ScalarType::Int);
+  const auto space = workspace(backend, a, weight);
+  a.kept = written(kept);
+  a.slot = written<int32_t>(slot);
+  a.source = written<int32_t>(source);
+  a.demand = written<int32_t>(demand);
+  a.workspace = written(space);
+  backend.run(a);
+  return {kept, slot, source, demand};
+}
+
+template <class Backend>
+Tensor assign_backward(const Tensor& grad_kept, const Tensor& slot) {
+  const Backend backend(slot);
+  const Shape shape = shape_of(slot);
+  const ScalarType type = grad_kept.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "grad_kept must be float32 or float64, got ",
+                  torch::headeronly::toString(type));
+  const Tensor grad = take("grad_kept", grad_kept, slot, shape, type);
+  const Tensor slots = take("slot", slot, slot, shape, ScalarType::Int);
+  const Tensor grad_weight = make(grad_kept, shape, type);
+  backend.run(AssignBackward{type == ScalarType::Double, product(shape, 0, shape.size()), pointer(grad),
+                             pointer<int32_t>(slots), written(grad_weight)});
+  return grad_weight;
+}
+
+}  // namespace topn_gating::binding

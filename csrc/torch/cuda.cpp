@@ -1,0 +1,36 @@
+// The operators on CUDA tensors.
+#define USE_CUDA  // for torch's headers before 2.13: declare the function that gives the stream
+#include <torch/csrc/stable/accelerator.h>
+
+#include "launchers.h"
+#include "operators.h"
+
+namespace topn_gating::binding {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// torch's current stream of a device. The stable ABI has it from torch 2.13 on; before, libtorch_cuda.
+cudaStream_t current_stream(int32_t device) {
+#if defined(TORCH_VERSION_2_13_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+  return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
+#else
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "torch gives no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+#endif
+}
+
+// While it lives, the tensor's device is the current one.
+class Cuda : DeviceGuard, public Launchers {
+ public:
+  explicit Cuda(const Tensor& t) : DeviceGuard(t.get_device_index()), Launchers(current_stream(t.get_device_index())) {}
+};
+
+}  // namespace
+}  // namespace topn_gating::binding
+
+STABLE_TORCH_LIBRARY_IMPL(topn_gating, CUDA, m) {
+  using namespace topn_gating::binding;
+  implement_operators<Cuda>(m);
+}

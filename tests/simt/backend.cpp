@@ -1,0 +1,35 @@
+// The CUDA kernels, run on the host, as one more backend of the operators: torch.ops.topn_gating_simt on CPU tensors.
+#include <exception>
+#include <string>
+
+#include "launchers.h"
+#include "operators.h"
+#include "schema.h"
+
+namespace topn_gating::binding {
+namespace {
+
+class Simt : public Launchers {
+ public:
+  explicit Simt(const Tensor&) : Launchers(nullptr) {}
+
+  // A launch that failed says where its threads were.
+  template <class Args>
+  void run(const Args& a) const {
+    simt_reset();
+    try {
+      Launchers::run(a);
+    } catch (const std::exception& error) {
+      STD_TORCH_CHECK(false, error.what(), "\n", simt_error());
+    }
+  }
+};
+
+}  // namespace
+}  // namespace topn_gating::binding
+
+STABLE_TORCH_LIBRARY(topn_gating_simt, m) { topn_gating::binding::define_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(topn_gating_simt, CPU, m) {
+  using namespace topn_gating::binding;
+  implement_operators<Simt>(m);
+}

@@ -1,0 +1,202 @@
+// What the tests of the CUDA kernels on the host have in common: buffers, bounds, and a trial, which runs a kernel on the
+// same input as the CPU's and compares.
+#pragma once
+
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "router.h"
+
+namespace kernels_test {
+
+using namespace topn_gating;
+
+constexpr DType kDTypes[] = {DType::F32, DType::F64, DType::BF16, DType::F16};
+const char* name_of(DType);
+
+enum class Type { Bool, I32, F32, F64, BF16, F16 };
+Type type_of(DType);
+Type real_of(DType);  // "Real" of router.h
+int64_t bytes_of(Type);
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t bits();
+  int64_t below(int64_t bound) { return int64_t(bits() >> 11) % bound; }
+  bool chance(double p) { return uniform() < p; }
+  double uniform();  // in [0, 1), exact in float
+  double normal();   // near enough
+
+ private:
+  uint64_t state_;
+};
+
+// Memory of exactly that many elements, so that AddressSanitizer sees an overrun by one. Unaligned: as little as its elements
+// allow.
+class Buffer {
+ public:
+  Buffer(Type type, int64_t count, bool aligned = true, int fill = 0xff);
+  template <class F>  // elements f(i)
+  static Buffer of(Type type, int64_t count, bool aligned, const F& f) {
+    Buffer buffer(type, count, aligned);
+    for (int64_t i = 0; i < count; ++i) buffer.set(i, f(i));
+    return buffer;
+  }
+
+  void* data() const { return data_; }
+  template <class T>
+  T* as() const { return static_cast<T*>(data()); }
+  Type type() const { return type_; }
+  int64_t count() const { return count_; }
+  double get(int64_t i) const;
+  void set(int64_t i, double value);
+  bool all_ones(int64_t i) const;
+  int64_t first_difference(const Buffer& other) const;  // of bits; -1: none
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  Type type_;
+  int64_t count_;
+  std::unique_ptr<void, Free> memory_;
+  void* data_;
+};
+
+// How far a result may be from the CPU's: so many units in the last place of its type, and so many roundings of Real relative
+// to the largest of the tensor, or to `terms` where the sums are of that size and may cancel. 0: the same bits.
+struct Bound {
+  double ulps = 0, roundings = 0, terms = 0;
+};
+
+// What runs, and what failed.
+class Suite {
+ public:
+  Suite(int argc, char** argv);
+  // Whether the case runs. `quick` ones together reach every barrier of every kernel.
+  bool begin(const std::string& name, bool quick = false);
+  void fail(const std::string& what);
+  int finish() const;
+
+ private:
+  std::string pattern_, name_;
+  bool quick_ = false, verbose_ = false;
+  int cases_ = 0, failures_ = 0;
+  bool failed_ = false;  // the case
+};
+
+struct Schedule {
+  const char* name;
+  int kind;
+  uint64_t seed;
+  int fill;  // of outputs and workspace before: what was not written differs, and is NaN or -1 in the first
+};
+constexpr Schedule kSchedules[] = {{"fifo", SIMT_FIFO, 0, 0xff},
+                                   {"lifo", SIMT_LIFO, 0, 0x55},
+                                   {"random 1", SIMT_RANDOM, 1, 0xff},
+                                   {"random 2", SIMT_RANDOM, 2, 0x2a}};
+
+void serial(int64_t begin, int64_t end, int64_t grain, cpu::Body body, void* context);
+// Calls fail() where `got` is not within the bound of `expected`.
+void compare(Suite& suite, const std::string& name, const Buffer& got, const Buffer& expected, Bound bound);
+
+template <class Args, class = void>
+constexpr bool kHasWorkspace = false;
+template <class Args>
+constexpr bool kHasWorkspace<Args, std::void_t<decltype(Args::workspace)>> = true;
+
+template <class Args>
+class Trial {
+ public:
+  // The arguments but for outputs and workspace.
+  Trial(const Args& args, bool aligned) : args_(args), aligned_(aligned) {}
+
+  template <class T>
+  void output(const char* name, T* Args::*member, Type type, int64_t count, Bound bound = {}) {
+    outputs_.push_back({name, type, count, bound, [=](Args& args, void* data) { args.*member = static_cast<T*>(data); }});
+  }
+
+  // `launches`: no more of them.
+  void run(Suite& suite, void (*on_cpu)(const Args&, cpu::ParallelFor), cudaError_t (*on_cuda)(const Args&, cudaStream_t),
+           long launches) {
+    const std::vector<Buffer> expected = run_on_cpu(on_cpu);
+    std::vector<Buffer> first;
+    for (const Schedule& schedule : kSchedules) {
+      std::vector<Buffer> got = run_on_host(suite, on_cuda, schedule, launches);
+      if (got.empty()) return;
+      for (size_t i = 0; i < got.size(); ++i) {
+        const std::string name = std::string(schedule.name) + ": " + outputs_[i].name;
+        if (first.empty()) {
+          compare(suite, name, got[i], expected[i], outputs_[i].bound);
+        } else if (const int64_t at = got[i].first_difference(first[i]); at >= 0) {
+          suite.fail(name + "[" + std::to_string(at) + "] = " + std::to_string(got[i].get(at)) + ", in the first schedule " +
+                     std::to_string(first[i].get(at)));
+        }
+      }
+      if (first.empty()) first = std::move(got);
+    }
+  }
+
+  // What the CPU's kernel gives.
+  std::vector<Buffer> run_on_cpu(void (*kernel)(const Args&, cpu::ParallelFor)) {
+    std::vector<Buffer> results = make_outputs(true, 0xff);
+    Buffer workspace(Type::Bool, 0);
+    if constexpr (kHasWorkspace<Args>) {
+      workspace = Buffer(Type::Bool, cpu::workspace_bytes(args_));
+      args_.workspace = workspace.data();
+    }
+    kernel(args_, serial);
+    return results;
+  }
+
+ private:
+  struct Output {
+    const char* name;
+    Type type;
+    int64_t count;
+    Bound bound;
+    std::function<void(Args&, void*)> set;
+  };
+
+  std::vector<Buffer> make_outputs(bool aligned, int fill) {
+    std::vector<Buffer> made;
+    for (const Output& output : outputs_) {
+      made.emplace_back(output.type, output.count, aligned, fill);
+      output.set(args_, made.back().data());
+    }
+    return made;
+  }
+
+  std::vector<Buffer> run_on_host(Suite& suite, cudaError_t (*launcher)(const Args&, cudaStream_t),
+                                  const Schedule& schedule, long launches) {
+    std::vector<Buffer> results = make_outputs(aligned_, schedule.fill);
+    Buffer workspace(Type::Bool, 0);
+    if constexpr (kHasWorkspace<Args>) {
+      workspace = Buffer(Type::Bool, cuda::workspace_bytes(args_), true, schedule.fill);
+      args_.workspace = workspace.data();
+    }
+    simt_reset();
+    simt_set_schedule(schedule.kind, schedule.seed);
+    const cudaError_t error = launcher(args_, nullptr);
+    if (simt_launches() > launches) suite.fail(std::to_string(simt_launches()) + " launches");
+    if (error == cudaSuccess) return results;
+    suite.fail(std::string(schedule.name) + ": " + cudaGetErrorString(error) + ": " + simt_error());
+    return {};
+  }
+
+  Args args_;
+  bool aligned_;
+  std::vector<Output> outputs_;
+};
+
+void gate_cases(Suite&);
+void assign_cases(Suite&);
+void slot_cases(Suite&);
+
+}  // namespace kernels_test

@@ -1,0 +1,222 @@
+// Launches: what is refused, blocks made and cleared away, and the parts of the CUDA runtime that stand for the device.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <utility>
+
+#include "scheduler.h"
+
+namespace simt {
+namespace {
+
+constexpr uint64_t kMaxBlock = 1024, kMaxGrid = 0x7fffffff;
+constexpr size_t kMaxShared = 227 << 10;  // a block's on an H100
+// Threads of ThreadSanitizer that a launch spreads its blocks over. It allows 8128, and every one makes the clocks longer.
+// Blocks that share them look ordered to it, so that a race between such two is missed.
+constexpr size_t kTsanFibers = 512;
+
+std::mutex launching;
+
+cudaError_t refuse(const Request& request) {
+  const auto because = [&](const char* what, uint64_t value, cudaError_t error) {
+    settings.error = std::string("simt: kernel ") + request.kernel + ": " + what + std::to_string(value) + "\n";
+    return error;
+  };
+  if (request.block < 1 || request.block > kMaxBlock) {
+    return because("threads in a block: ", request.block, cudaErrorInvalidConfiguration);
+  }
+  if (request.grid < 1 || request.grid > kMaxGrid) {
+    return because("blocks in a grid: ", request.grid, cudaErrorInvalidConfiguration);
+  }
+  if (request.shared_bytes > kMaxShared) {
+    return because("bytes of shared memory: ", request.shared_bytes, cudaErrorInvalidValue);
+  }
+  if (request.cooperative && request.grid > uint64_t(settings.multiprocessors)) {
+    return because("blocks in a cooperative grid: ", request.grid, cudaErrorCooperativeLaunchTooLarge);
+  }
+  return cudaSuccess;
+}
+
+// Fresh memory, every bit set: NaN as a float, -1 as an integer.
+void* allocate_shared(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
+  std::memset(memory, 0xff, bytes);
+  return memory;
+}
+
+void set_threads(Block& block) {
+  const size_t count = machine.request.block;
+  block.exited = 0;
+  block.barrier.arrived = 0;
+  block.threads.assign(count, Thread());
+  block.warps.assign((count + 31) / 32, Warp());
+  for (size_t i = 0; i < count; ++i) {
+    Thread& thread = block.threads[i];
+    thread.block = &block;
+    thread.warp = &block.warps[i / 32];
+    thread.index = unsigned(i);
+    thread.lane = unsigned(i % 32);
+  }
+  for (size_t w = 0; w < block.warps.size(); ++w) {
+    const size_t lanes = count - w * 32;
+    block.warps[w].threads = &block.threads[w * 32];
+    block.warps[w].existing = lanes >= 32 ? ~0u : (1u << lanes) - 1;
+  }
+}
+
+// What ThreadSanitizer must not see in the hands of a launcher that knows of earlier blocks.
+void set_memory(Block& block, size_t first_fiber) {
+  if (has_tsan()) {
+    become(machine.setter);
+    acquire(&machine.tokens->start);
+    block.tokens = new Tokens();
+  }
+  block.shared = allocate_shared(machine.request.shared_bytes);
+  for (Thread& thread : block.threads) {
+    thread.fiber = &prepare_fiber(first_fiber + thread.index);
+    if (has_tsan()) {
+      const std::string name = "block " + std::to_string(block.index) + " thread " + std::to_string(thread.index);
+      __tsan_set_fiber_name(thread.fiber->tsan, name.c_str());
+    }
+  }
+  if (has_tsan()) {
+    release(&block.tokens->start);
+    become(machine.launcher.tsan);
+  }
+}
+
+void set_block(Block& block, unsigned index, size_t first_fiber) {
+  block.index = index;
+  set_threads(block);
+  set_memory(block, first_fiber);
+  for (Thread& thread : block.threads) make_ready(thread);
+  machine.running += block.threads.size();
+}
+
+// What the threads did, finished or not, comes before what the launcher does next.
+void join_threads(Block& block) {
+  if (machine.error != nullptr) {
+    for (Thread& thread : block.threads) {
+      become(thread.fiber->tsan);
+      release(&block.tokens->end);
+    }
+    become(machine.launcher.tsan);
+  }
+  acquire(&block.tokens->end);
+  delete block.tokens;
+  for (Warp& warp : block.warps) {
+    while (warp.rounds != nullptr) delete std::exchange(warp.rounds, warp.rounds->next);
+  }
+}
+
+void clear_block(Block& block, size_t first_fiber) {
+  if (has_tsan()) join_threads(block);
+  std::free(block.shared);
+  if (machine.error == nullptr) return;
+  // Fibers of a launch that failed may be anywhere; none is used again.
+  for (const Thread& thread : block.threads) machine.fibers[first_fiber + thread.index].reset();
+}
+
+void run_blocks(const unsigned* indices, size_t first_fiber) {
+  const size_t threads = machine.request.block;
+  machine.running = 0;
+  machine.ready_count = 0;
+  machine.grid.arrived = 0;
+  for (size_t i = 0; i < machine.blocks.size(); ++i) set_block(machine.blocks[i], indices[i], first_fiber + i * threads);
+  run_ready();
+  if (machine.error != nullptr) settings.error = describe_error();
+  for (size_t i = 0; i < machine.blocks.size(); ++i) clear_block(machine.blocks[i], first_fiber + i * threads);
+}
+
+std::vector<unsigned> block_order(size_t count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (settings.schedule == SIMT_LIFO) std::reverse(order.begin(), order.end());
+  if (settings.schedule == SIMT_RANDOM) {
+    for (size_t i = count; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
+  }
+  return order;
+}
+
+void run(const Request& request) {
+  machine.request = request;
+  machine.error = nullptr;
+  blockDim = dim3(unsigned(request.block));
+  gridDim = dim3(unsigned(request.grid));
+  start_random();
+  const std::vector<unsigned> order = block_order(request.grid);
+  const size_t live = request.cooperative ? request.grid : 1;
+  const size_t sets = has_tsan() ? max(kTsanFibers / request.block, size_t(1)) : 1;  // of fibers, for blocks in turn
+  machine.blocks.resize(live);
+  size_t ring = 1;
+  while (ring < live * request.block) ring *= 2;
+  machine.ready.resize(ring);
+  machine.fibers.resize(max(machine.fibers.size(), max(live, sets) * request.block));
+  if (has_tsan()) {
+    machine.launcher.tsan = __tsan_get_current_fiber();
+    if (machine.setter == nullptr) machine.setter = __tsan_create_fiber(0);
+    machine.tokens = new Tokens();
+    release(&machine.tokens->start);
+  }
+  for (size_t i = 0; i < order.size() && machine.error == nullptr; i += live) {
+    run_blocks(&order[i], i / live % sets * request.block);
+  }
+  delete std::exchange(machine.tokens, nullptr);
+}
+
+}  // namespace
+
+cudaError_t launch(const Request& request) {
+  const std::lock_guard<std::mutex> lock(launching);
+  ++settings.launches;
+  const cudaError_t refused = refuse(request);
+  if (refused != cudaSuccess) return refused;
+  run(request);
+  return machine.error == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace simt
+
+extern "C" {
+
+void simt_set_schedule(int schedule, uint64_t seed) {
+  simt::settings.schedule = schedule;
+  simt::settings.seed = seed;
+}
+void simt_set_multiprocessors(int count) { simt::settings.multiprocessors = count; }
+long simt_launches(void) { return simt::settings.launches; }
+const char* simt_error(void) { return simt::settings.error.c_str(); }
+void simt_reset(void) {
+  simt::settings.launches = 0;
+  simt::settings.error.clear();
+}
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+  }
+  return "unrecognized error code";
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return cudaErrorInvalidValue;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = simt::settings.multiprocessors; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(simt::kMaxShared); return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
