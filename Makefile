@@ -7,13 +7,17 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # Threads that spin at a barrier take a small machine's only other core from the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test bench lint kernels install-check cuda-check clean
+OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate assign dense dispatch combine))
+CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
+
+.PHONY: demo test bench lint kernels sanitize barriers install-check cuda-check clean
 
 demo: $(VENV)/built
 	$(RUN) -m topn_gating demo $(ARGS)
 
-test: $(VENV)/built lint
-	$(RUN) -m pytest $(ARGS)
+test: $(VENV)/built $(VENV)/kernels lint
+	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 bench: $(VENV)/built
 	$(RUN) -m topn_gating bench $(ARGS)
@@ -21,9 +25,31 @@ bench: $(VENV)/built
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
-kernels: $(VENV)/installed
-	$(VENV)/bin/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
-	$(VENV)/bin/cmake --build build/cmake --parallel 2
+# The kernel layer without torch, and the CUDA kernels on the host beside the CPU's.
+kernels: $(VENV)/kernels
+	$(VENV)/bin/ctest --test-dir build/cmake --parallel 2 --output-on-failure
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the kernels and, through torch, over the operators' tests; ThreadSanitizer
+# over the CPU's kernels on threads and the CUDA kernels on the host.
+sanitize: $(VENV)/installed
+	$(CMAKE) -B build/address -DTOPN_GATING_SANITIZE=address
+	$(VENV)/bin/cmake --build build/address --parallel 2
+	$(VENV)/bin/ctest --test-dir build/address --parallel 2 --output-on-failure
+	CFLAGS="$(ADDRESS)" LDFLAGS="$(ADDRESS)" TOPN_GATING_CUDA=0 $(RUN) setup.py --quiet build \
+		--build-base build/address/python --build-lib build/address/site
+	cd build/address/site && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
+		TOPN_GATING_SIMT=$(abspath build/address/libtopn_gating_simt.so) \
+		$(abspath $(RUN)) -m pytest -q -n 2 -k "not same_for_any_schedule" $(addprefix $(CURDIR)/,$(OPERATOR_TESTS))
+	$(CMAKE) -B build/thread -DTOPN_GATING_SANITIZE=thread -DTOPN_GATING_TORCH=
+	$(VENV)/bin/cmake --build build/thread --parallel 2
+	$(VENV)/bin/ctest --test-dir build/thread --parallel 2 --output-on-failure
+
+ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
+PRELOAD := $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell gcc -print-file-name=$(library)))
+
+# Each barrier of the CUDA kernels left out in turn: a test must fail.
+barriers:
+	$(PYTHON) tests/simt/delete_barriers.py
 
 # The package as a user installs it, imported from a folder that is not this one.
 install-check: $(VENV)/built
@@ -53,6 +79,11 @@ $(VENV)/installed: requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -r requirements-dev.txt
 	$(PIP) install --no-deps zetascale==2.8.8
+	touch $@
+
+$(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc tests/simt -type f)
+	$(CMAKE) -B build/cmake
+	$(VENV)/bin/cmake --build build/cmake --parallel 2
 	touch $@
 
 # ninja compiles what changed.

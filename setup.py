@@ -104,7 +104,7 @@ def extension(nvcc: str | None):
         ],
         extra_compile_args={
             "cxx": [*flags, "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"],
-            "nvcc": [*flags, "-Xcompiler", "-fvisibility=hidden"],
+            "nvcc": [*flags, "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"],
         },
     )
     if nvcc is None:

@@ -123,7 +123,6 @@ struct SoftTopN {
     TOPN_UNROLL_BY(Lanes::unroll)
     for (int i = 0; i < lanes.count; ++i) p[i] = lanes.real(i) ? exp_value(V(p[i] / epsilon), V{}) : V{};
     cap[0] = experts / k;
-    TOPN_UNROLL
     for (int t = 1; t < iterations; ++t) {
       const V least = V{} + cap[t - 1];
       V total{};
@@ -151,7 +150,6 @@ struct SoftTopN {
       lanes.add(grad_p, chosen, term);
       grad_log_cap -= term;
     }
-    TOPN_UNROLL
     for (int t = iterations - 1; t > 0; --t) {
       const V least = V{} + cap[t - 1];
       const double scale = grad_log_cap / (k * cap[t]);

@@ -15,7 +15,7 @@ settings.register_profile("same every time", derandomize=True, deadline=None, ma
 settings.load_profile("same every time")
 
 # What `make` builds of tests/simt; a machine with a GPU may do without.
-SIMT = Path(os.environ.get("TOPN_GATING_SIMT", Path(__file__).parents[1] / "build/simt/libtopn_gating_simt.so"))
+SIMT = Path(os.environ.get("TOPN_GATING_SIMT", Path(__file__).parents[1] / "build/cmake/libtopn_gating_simt.so"))
 
 
 def backends() -> dict[str, Backend]:

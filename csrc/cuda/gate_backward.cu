@@ -77,7 +77,9 @@ class Gradient {
     LogSumExp lse = softmax(lanes, s);
     if (a_.grad_weight == nullptr) {
       clear(grad_p_);
-    } else if (a_.soft) {
+    } else if constexpr (std::is_same_v<R, float>) {
+      through_gates(token);
+    } else if (kSoftOnly<T, Lanes> || a_.soft) {
       through_soft(token);
     } else {
       through_gates(token);

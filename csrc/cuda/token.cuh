@@ -64,6 +64,10 @@ Tiles plan_tiles(const Args& a, int64_t bytes_per_expert, bool wide) {
 // Ranks of a token that the threads of its row keep in registers; with more its row is in memory.
 constexpr int kRanks = 16;
 
+// Rows in double of other types are those of the soft top-n.
+template <class T, class Lanes>
+constexpr bool kSoftOnly = std::is_same_v<typename Lanes::R, double> && !std::is_same_v<T, double>;
+
 // Whether a row's experts are found by sorting.
 template <class Lanes>
 constexpr bool kSorted = Lanes::in_registers && std::is_same_v<typename Lanes::R, float>;

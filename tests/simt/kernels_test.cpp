@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <thread>
 
 namespace kernels_test {
 
@@ -150,7 +151,16 @@ void compare(Suite& suite, const std::string& name, const Buffer& got, const Buf
   }
 }
 
-void serial(int64_t begin, int64_t end, int64_t /*grain*/, cpu::Body body, void* context) { body(begin, end, context); }
+void on_threads(int64_t begin, int64_t end, int64_t /*grain*/, cpu::Body body, void* context) {
+  constexpr int64_t parts = 3;
+  const auto cut = [&](int64_t part) { return begin + (end - begin) * part / parts; };
+  std::vector<std::thread> others;
+  for (int64_t part = 1; part < parts; ++part) {
+    if (cut(part) < cut(part + 1)) others.emplace_back(body, cut(part), cut(part + 1), context);
+  }
+  if (cut(0) < cut(1)) body(cut(0), cut(1), context);
+  for (std::thread& other : others) other.join();
+}
 
 Suite::Suite(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {

@@ -1,6 +1,7 @@
 // Cases of what reads slots: dense, dispatch and combine, and their gradients.
 #include <cmath>
 
+#include "cuda/simt.cuh"
 #include "kernels_test.h"
 
 namespace kernels_test {
@@ -56,7 +57,7 @@ struct Slots {
     a.demand = demand.as<int32_t>();
     const Buffer workspace(Type::Bool, cpu::workspace_bytes(a));
     a.workspace = workspace.data();
-    cpu::kernels().assign(a, serial);
+    cpu::kernels().assign(a, on_threads);
   }
 };
 
@@ -199,10 +200,22 @@ void row_cases(Suite& suite, SlotCase c) {
   run_combine_backward(suite, c);
 }
 
+// Quotients that are whole, and one below and above, of every size.
+void quotient_cases(Suite& suite, Random& random) {
+  if (!suite.begin("dispatch quotient")) return;
+  for (int i = 0; i < 200000; ++i) {
+    const int64_t b = 1 + random.below(int64_t(1) << (1 + i % 40)), q = random.below(1 + (int64_t(1) << 50) / b);
+    for (const int64_t a : {q * b, q * b + b - 1, q * b + random.below(b)}) {
+      if (cuda::quotient(a, b) != a / b) suite.fail(std::to_string(a) + " / " + std::to_string(b));
+    }
+  }
+}
+
 }  // namespace
 
 void slot_cases(Suite& suite) {
   Random random(11);
+  quotient_cases(suite, random);
   for (const DType dtype : kDTypes) {
     for (const Sizes& sizes : kSizes) {
       for (const bool aligned : {true, false}) dense_cases(suite, sizes, dtype, aligned, random.chance(0.5));
