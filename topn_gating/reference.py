@@ -32,7 +32,7 @@ def gumbel(u: Tensor) -> Tensor:
 
 def soft_topn(p: Tensor, top_n: int) -> Tensor:
     """Soft top-n scores ``(…, e)`` of gates ``p`` ``(…, e)`` by coordinate descent (arXiv 1502.04759, arXiv 2303.09752)."""
-    k = torch.tensor(min(top_n * 9 / 8, p.shape[-1]), dtype=p.dtype, device=p.device)
+    k = torch.full((), min(top_n * 9 / 8, p.shape[-1]), dtype=p.dtype, device=p.device)
     b = -p
     for _ in range(SOFT_ITERATIONS):
         a = SOFT_EPS * (k.log() - ((p + b) / SOFT_EPS).logsumexp(-1, keepdim=True))

@@ -253,4 +253,5 @@ def _threshold_tensor(
             raise ValueError(f"threshold must be on {device}, got {threshold.device}")
         return threshold.detach().to(dtype)
     per_rank = threshold_per_rank("threshold", threshold, top_n, num_gates)
-    return torch.tensor([0.0, *per_rank], dtype=dtype, device=device)
+    # Filled on the device: a tensor made of a list would wait for its copy there.
+    return torch.cat([torch.full((1,), t, dtype=dtype, device=device) for t in (0.0, *per_rank)])

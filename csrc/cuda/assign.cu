@@ -1,7 +1,7 @@
 // SPEC steps 7 and 8 on a GPU.
 //
-// The pairs of a group are one sequence, cut into runs, a warp each. A bin is a rank and an expert. Counting the routed pairs of
-// each run and bin, and adding the counts up over runs, tiles (the runs of a block) and lower ranks, gives every run its
+// The pairs of a group are one sequence, cut into runs, a warp each. A bin is a rank and an expert. Counting the routed pairs
+// of each run and bin, and adding the counts up over runs, tiles (the runs of a block) and lower ranks, gives every run its
 // first slots; it then hands them out alone, in order. Integers only: any schedule gives the same bits.
 #include <algorithm>
 

@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) dense_chunks(DenseTask tas
   constexpr int64_t chunk = int64_t(kWarp) * Count;
   const Assignment& s = a.assignment;
   const int64_t row = s.experts * s.capacity, size = s.groups * s.tokens * row;
-  const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp, warps = int64_t(gridDim.x) * blockDim.x / kWarp;
+  const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  const int64_t warps = int64_t(gridDim.x) * blockDim.x / kWarp;
   const T one = from_real<T>(Real(1));
 
   for (int64_t start = warp * kChunksPerWarp * chunk; start < size; start += warps * kChunksPerWarp * chunk) {

@@ -1,190 +1,11 @@
-// SPEC steps 3 to 6 and 10 on a GPU: a warp, or a part of one, a token, its row in registers.
-//
-// A block adds up what its tile of tokens gives to the losses; a second kernel adds up the tiles. Both in a fixed order.
+// SPEC steps 3 to 6 on a GPU: a warp, or a part of one, a token, its row in registers. What the tokens give to the losses is
+// added up on the way, tile by tile.
+#include "cuda/gate_sums.cuh"
 #include "cuda/launch.h"
-#include "cuda/token.cuh"
 #include "cuda/topn.cuh"
 
 namespace topn_gating::cuda {
 namespace {
-
-// Sums of tiles and groups, and rows.
-struct GateSpace {
-  double* importance;  // (tiles, e)
-  double* z_loss;      // (tiles)
-  double* balance;     // (blocks of gate_losses)
-  double* group_z_loss;  // (g)
-  double* group_real;    // (g) real tokens
-  int32_t* top_count;    // (tiles, e)
-  int32_t* real;         // (tiles)
-  unsigned* ticket;
-  char* rows;
-  int64_t bytes;
-};
-
-constexpr int64_t kExpertsPerBlock = kWarp;  // of gate_losses
-
-GateSpace carve(const Gate& a, const Tiles& tiles) {
-  char* const begin = static_cast<char*>(a.workspace);
-  int64_t at = 0;
-  const auto take = [&](auto*& to, int64_t count) {
-    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(begin + at);
-    at += (count * int64_t(sizeof *to) + 15) / 16 * 16;
-  };
-  GateSpace space{};
-  take(space.rows, tiles.memory_bytes());
-  if (a.losses) {
-    take(space.importance, tiles.count * a.experts);
-    take(space.z_loss, tiles.count);
-    take(space.balance, a.groups * parts(a.experts, kExpertsPerBlock));
-    take(space.group_z_loss, a.groups);
-    take(space.group_real, a.groups);
-    take(space.top_count, tiles.count * a.experts);
-    take(space.real, tiles.count);
-    take(space.ticket, 1);
-  }
-  space.bytes = at;
-  return space;
-}
-
-struct GateTask {
-  Gate gate;
-  Tiles tiles;
-  GateSpace space;
-};
-
-// What a tile's tokens give to the losses, summed over the block that goes through them.
-template <class Lanes>
-class TileSums {
- public:
-  using R = typename Lanes::R;
-
-  static size_t shared_bytes(unsigned block, int64_t experts) {
-    return (block * Lanes::count + block / kWarp) * sizeof(double) + experts * sizeof(int32_t);
-  }
-
-  __device__ TileSums(const Lanes& lanes, double* shared)
-      : lanes_(lanes), shared_(shared), importance_(shared + warp_id() * kWarp * Lanes::count),
-        z_losses_(shared + blockDim.x * Lanes::count),
-        top_count_(reinterpret_cast<int32_t*>(z_losses_ + blockDim.x / kWarp)) {}
-
-  __device__ void start(const GateSpace& /*space*/, int64_t /*tile*/) {
-    TOPN_UNROLL
-    for (int i = 0; i < Lanes::count; ++i) run_[i] = 0, total(i) = 0;
-    for (int j = int(threadIdx.x); j < lanes_.experts; j += int(blockDim.x)) top_count_[j] = 0;
-    __syncthreads();
-  }
-
-  // A token's gates, its first expert, its logsumexp.
-  __device__ __forceinline__ void add(const typename Lanes::template Row<R>& p, int expert, const LogSumExp& lse) {
-    TOPN_UNROLL
-    for (int i = 0; i < Lanes::count; ++i) run_[i] += p[i];
-    if (++run_length_ == kRun) fold();
-    if (lanes_.thread == 0) {
-      atomicAdd(&top_count_[expert], 1);
-      z_loss_ += lse.value() * lse.value();
-    }
-  }
-
-  __device__ void finish(const GateSpace& space, int64_t tile) {
-    double sums[Lanes::count];
-    TOPN_UNROLL
-    for (int i = 0; i < Lanes::count; ++i) sums[i] = total(i) + double(run_[i]);
-    TOPN_UNROLL
-    for (int by = Lanes::width; by < int(kWarp); by *= 2) {
-      TOPN_UNROLL
-      for (int i = 0; i < Lanes::count; ++i) sums[i] += shuffle_xor(sums[i], by);
-    }
-    __syncwarp();  // the warp's totals make room for its sums, in the order of the experts
-    if (lane_id() < Lanes::width) {
-      TOPN_UNROLL
-      for (int i = 0; i < Lanes::count; ++i) importance_[lanes_.index(i)] = sums[i];
-    }
-    z_loss_ = warp_sum(z_loss_);
-    if (lane_id() == 0) z_losses_[warp_id()] = z_loss_;
-    __syncthreads();
-    const unsigned warps = blockDim.x / kWarp;
-    for (int j = int(threadIdx.x); j < lanes_.experts; j += int(blockDim.x)) {
-      double sum = 0;
-      for (unsigned w = 0; w < warps; ++w) sum += shared_[w * kWarp * Lanes::count + j];
-      space.importance[tile * lanes_.experts + j] = sum;
-      space.top_count[tile * lanes_.experts + j] = top_count_[j];
-    }
-    int real = 0;
-    if (warp_id() == 0) {
-      for (int j = int(lane_id()); j < lanes_.experts; j += int(kWarp)) real += top_count_[j];
-      real = warp_add(real);
-    }
-    if (threadIdx.x == 0) {
-      double sum = 0;
-      for (unsigned w = 0; w < warps; ++w) sum += z_losses_[w];
-      space.z_loss[tile] = sum;
-      space.real[tile] = real;
-    }
-  }
-
- private:
-  // Tokens summed in R before they go to double: a few roundings of float at most, and few conversions.
-  static constexpr int kRun = 8;
-
-  __device__ __forceinline__ void fold() {
-    TOPN_UNROLL
-    for (int i = 0; i < Lanes::count; ++i) total(i) += double(run_[i]), run_[i] = 0;
-    run_length_ = 0;
-  }
-  // Of this thread, in shared memory: it is seldom wanted.
-  __device__ __forceinline__ double& total(int i) { return importance_[i * kWarp + lane_id()]; }
-
-  const Lanes& lanes_;
-  double* shared_;
-  double* importance_;  // the warp's
-  double* z_losses_;    // (warps)
-  int32_t* top_count_;  // (e)
-  R run_[Lanes::count];
-  double z_loss_ = 0;
-  int run_length_ = 0;
-};
-
-// The same where rows are in memory and a warp is a block: the sums are where they are wanted.
-template <class Real>
-class TileSums<WarpLanes<Real, int(kWarp), 0, 1>> {
- public:
-  using Lanes = WarpLanes<Real, int(kWarp), 0, 1>;
-
-  static size_t shared_bytes(unsigned /*block*/, int64_t /*experts*/) { return 0; }
-
-  __device__ TileSums(const Lanes& lanes, double* /*shared*/) : lanes_(lanes) {}
-
-  __device__ void start(const GateSpace& space, int64_t tile) {
-    importance_ = space.importance + tile * lanes_.experts;
-    top_count_ = space.top_count + tile * lanes_.experts;
-    z_loss_ = real_ = 0;
-    for (int j = int(lane_id()); j < lanes_.experts; j += int(kWarp)) importance_[j] = 0, top_count_[j] = 0;
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void add(const Values<Real, 0>& p, int expert, const LogSumExp& lse) {
-    for (int i = 0; i < lanes_.count; ++i) {
-      if (lanes_.real(i)) importance_[lanes_.index(i)] += p[i];
-    }
-    if (lanes_.thread == 0) top_count_[expert] += 1;
-    z_loss_ += lse.value() * lse.value();
-    real_ += 1;
-  }
-
-  __device__ void finish(const GateSpace& space, int64_t tile) {
-    if (lane_id() != 0) return;
-    space.z_loss[tile] = z_loss_;
-    space.real[tile] = real_;
-  }
-
- private:
-  const Lanes& lanes_;
-  double* importance_ = nullptr;
-  int32_t* top_count_ = nullptr;
-  double z_loss_ = 0;
-  int32_t real_ = 0;
-};
 
 // SPEC step 6: of v_k, of which `sum` is the sum, to w_k.
 template <class R>
@@ -356,101 +177,34 @@ __global__ void __launch_bounds__(kBlockThreads<Lanes>, kResidentBlocks<Lanes>) 
   for (int64_t tile = blockIdx.x; tile < task.tiles.count; tile += gridDim.x) gate_tile<T, Lanes>(task, tile);
 }
 
-// One of a value per warp, added up in order by whoever asks.
-template <class T>
-__device__ __forceinline__ T sum_warps(const T* values) {
-  T sum{};
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += values[w];
-  return sum;
-}
-
-// Adds up the tiles: a block takes 32 experts of a group, a warp of it every so many tiles. The block that is done last adds
-// up the blocks.
-template <class Real>
-__global__ void gate_losses(GateTask task) {
-  const Gate& a = task.gate;
-  const GateSpace& space = task.space;
-  const unsigned warps = blockDim.x / kWarp;
-  SIMT_DYN_SMEM(double, shared);
-  double* const importances = shared;                      // (warps, 32)
-  double* const z_losses = importances + warps * kWarp;    // (warps)
-  double* const reals = z_losses + warps;                  // (warps)
-  int32_t* const counts = reinterpret_cast<int32_t*>(reals + warps);  // (warps, 32)
-  unsigned* const number = reinterpret_cast<unsigned*>(counts + warps * kWarp);
-
-  const int64_t chunks = parts(a.experts, kExpertsPerBlock), blocks = a.groups * chunks;
-  const int64_t group = blockIdx.x / chunks, expert = blockIdx.x % chunks * kExpertsPerBlock + lane_id();
-  const int64_t first = group * task.tiles.of_group, last = group < a.groups ? first + task.tiles.of_group : first;
-  double importance = 0, z_loss = 0;
-  int32_t count = 0, real = 0;
-  for (int64_t tile = first + warp_id(); tile < last && expert < a.experts; tile += warps) {
-    importance += space.importance[tile * a.experts + expert];
-    count += space.top_count[tile * a.experts + expert];
+GateSpace carve(const Gate& a, const Tiles& tiles) {
+  char* const begin = static_cast<char*>(a.workspace);
+  int64_t at = 0;
+  const auto take = [&](auto*& to, int64_t count) {
+    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(begin + at);
+    at += (count * int64_t(sizeof *to) + 15) / 16 * 16;
+  };
+  GateSpace space{};
+  take(space.rows, tiles.memory_bytes());
+  if (a.losses) {
+    take(space.importance, tiles.count * a.experts);
+    take(space.z_loss, tiles.count);
+    take(space.balance, a.groups * parts(a.experts, kExpertsPerBlock));
+    take(space.group_z_loss, a.groups);
+    take(space.group_real, a.groups);
+    take(space.top_count, tiles.count * a.experts);
+    take(space.real, tiles.count);
+    take(space.ticket, 1);
   }
-  for (int64_t tile = first + threadIdx.x; tile < last; tile += blockDim.x) {
-    z_loss += space.z_loss[tile];
-    real += space.real[tile];
-  }
-  importances[threadIdx.x] = importance;
-  counts[threadIdx.x] = count;
-  z_loss = warp_sum(z_loss);
-  real = warp_add(real);
-  if (lane_id() == 0) z_losses[warp_id()] = z_loss, reals[warp_id()] = real;
-  __syncthreads();
-
-  if (warp_id() == 0) {
-    const double of_group = sum_warps(reals), share = 1.0 / (of_group > 1 ? of_group : 1.0);
-    for (unsigned w = 1; w < warps; ++w) importance += importances[w * kWarp + lane_id()];
-    for (unsigned w = 1; w < warps; ++w) count += counts[w * kWarp + lane_id()];
-    if (group < a.groups && expert < a.experts) {
-      static_cast<Real*>(a.importance)[group * a.experts + expert] = Real(importance * share);
-      a.top_count[group * a.experts + expert] = count;
-    }
-    const double balance = warp_sum(importance * share * (count * share));
-    if (lane_id() == 0) {
-      if (group < a.groups) space.balance[blockIdx.x] = balance;
-      if (group < a.groups && blockIdx.x % chunks == 0) {
-        space.group_z_loss[group] = sum_warps(z_losses);
-        space.group_real[group] = of_group;
-      }
-      *number = take_ticket(space.ticket);
-    }
-  }
-  __syncthreads();
-  if (*number + 1 != gridDim.x) return;
-
-  double balance = 0, all_z_loss = 0, all_real = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) balance += space.balance[i];
-  for (int64_t g = threadIdx.x; g < a.groups; g += blockDim.x) {
-    all_z_loss += space.group_z_loss[g];
-    all_real += space.group_real[g];
-  }
-  balance = warp_sum(balance);
-  all_z_loss = warp_sum(all_z_loss);
-  all_real = warp_sum(all_real);
-  if (lane_id() == 0) importances[warp_id()] = balance, z_losses[warp_id()] = all_z_loss, reals[warp_id()] = all_real;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  // e² · mean over groups and experts
-  const double groups = a.groups > 1 ? double(a.groups) : 1.0, tokens = sum_warps(reals);
-  *static_cast<Real*>(a.balance_loss) = Real(sum_warps(importances) * double(a.experts) / groups);
-  *static_cast<Real*>(a.router_z_loss) = Real(sum_warps(z_losses) / (tokens > 1 ? tokens : 1.0));
-}
-
-template <class Real>
-cudaError_t launch_losses(const GateTask& task, cudaStream_t stream) {
-  constexpr int64_t most = 4 * SIMT_BLOCK_THREADS / kWarp;
-  const Gate& a = task.gate;
-  const int64_t blocks = std::max<int64_t>(1, a.groups * parts(a.experts, kExpertsPerBlock));
-  const unsigned warps = unsigned(std::clamp(std::max(task.tiles.of_group, parts<int64_t>(blocks, kWarp)), int64_t(1), most));
-  const size_t shared = warps * ((kWarp + 2) * sizeof(double) + kWarp * sizeof(int32_t)) + sizeof(unsigned);
-  return SIMT_LAUNCH(gate_losses<Real>, unsigned(blocks), warps * kWarp, shared, stream, task);
+  space.bytes = at;
+  return space;
 }
 
 template <class T, class Lanes>
 GateTask task_of(const Gate& a) {
   using R = typename Lanes::R;
-  GateTask task{a, plan_tiles<Lanes>(a, 2 * sizeof(R) + sizeof(typename Lanes::Key), is_wide(a.experts * sizeof(T), a.logits)), {}};
+  const int64_t row_bytes = 2 * sizeof(R) + sizeof(typename Lanes::Key);  // for an expert
+  GateTask task{a, plan_tiles<Lanes>(a, row_bytes, is_wide(a.experts * sizeof(T), a.logits)), {}};
   task.space = carve(a, task.tiles);
   return task;
 }
@@ -461,7 +215,7 @@ cudaError_t launch_gate(const Gate& a, cudaStream_t stream) {
   const size_t shared = a.losses ? TileSums<Lanes>::shared_bytes(task.tiles.block, a.experts) : 0;
   const auto kernel = gate_tokens<T, Lanes>;
   const cudaError_t error = SIMT_LAUNCH(kernel, task.tiles.grid, task.tiles.block, shared, stream, task);
-  return error != cudaSuccess || !a.losses ? error : launch_losses<RealOf<T>>(task, stream);
+  return error != cudaSuccess || !a.losses ? error : launch_losses(task, stream);
 }
 
 }  // namespace

@@ -56,8 +56,9 @@ Tiles plan_tiles(const Args& a, int64_t bytes_per_expert, bool wide) {
   t.tokens = std::max<int64_t>(1, parts(parts(total, blocks), rows)) * rows;
   t.of_group = parts(a.tokens, t.tokens);
   t.count = a.groups * t.of_group;
-  const int64_t most = in_registers ? int64_t(std::numeric_limits<int32_t>::max()) : blocks;
-  t.grid = unsigned(std::clamp<int64_t>(t.count, 1, most));  // no more than `most` tiles where rows are in registers
+  // Rows in registers have a block for each tile: 0, which a launch refuses, where a grid has not as many.
+  const bool fits = t.count <= std::numeric_limits<int32_t>::max();
+  t.grid = unsigned(in_registers ? fits * std::max<int64_t>(1, t.count) : std::clamp<int64_t>(t.count, 1, blocks));
   return t;
 }
 

@@ -21,10 +21,16 @@ cudaStream_t current_stream(int32_t device) {
 #endif
 }
 
+// Another argument may have brought the call here.
+int32_t device_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cuda(), "all tensors must be on the same CUDA device, and the first one is on the CPU");
+  return t.get_device_index();
+}
+
 // While it lives, the tensor's device is the current one.
 class Cuda : DeviceGuard, public Launchers {
  public:
-  explicit Cuda(const Tensor& t) : DeviceGuard(t.get_device_index()), Launchers(current_stream(t.get_device_index())) {}
+  explicit Cuda(const Tensor& t) : DeviceGuard(device_of(t)), Launchers(current_stream(device_of(t))) {}
 };
 
 }  // namespace
