@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) combine_backward_slots(Com
       const int lane = int(slot - first);
       const int64_t holder = shuffle(token, lane);
       const R scale = shuffle(weight, lane);
-      const T* const grad_out = static_cast<const T*>(a.grad_out) + holder * a.dim;
+      const T* const grad_out = holder < 0 ? nullptr : static_cast<const T*>(a.grad_out) + holder * a.dim;
       R products = 0;
       for_parts<Count>(a.dim, [&](int64_t at) {
         Part<T, Count> grad{};

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) copy_rows(CopyRows a) {
     const int64_t token = pair < 0 ? -1 : quotient(pair, a.assignment.top_n);
     for (int64_t slot = first; slot < last; ++slot) {
       const int64_t holder = shuffle(token, int(slot - first));
-      const Unit* const from = static_cast<const Unit*>(a.from) + holder * units;
+      const Unit* const from = holder < 0 ? nullptr : static_cast<const Unit*>(a.from) + holder * units;
       Unit* const to = static_cast<Unit*>(a.to) + slot * units;
       for_parts<1>(units, [&](int64_t at) {
         Unit part[kVectorsAtOnce];
