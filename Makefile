@@ -39,7 +39,7 @@ sanitize: $(VENV)/installed
 	CFLAGS="$(ADDRESS)" LDFLAGS="$(ADDRESS)" TOPN_GATING_CUDA=0 $(RUN) setup.py --quiet build \
 		--build-base build/address/python --build-lib build/address/site
 	cd build/address/site && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
-		TOPN_GATING_SIMT=$(abspath build/address/libtopn_gating_simt.so) \
+		TOPN_GATING_SIMT=$(abspath build/address/libtopn_gating_simt.so) TOPN_GATING_SIMT_SCHEDULES=1 \
 		$(abspath $(RUN)) -m pytest -q -n 2 -k "not same_for_any_schedule and not 1024" \
 		$(addprefix $(CURDIR)/,$(OPERATOR_TESTS))
 	$(CMAKE) -B build/thread -DTOPN_GATING_SANITIZE=thread -DTOPN_GATING_TORCH=

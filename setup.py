@@ -93,7 +93,7 @@ def extension(nvcc: str | None):
     """The extension, with CUDA if there is a compiler for it."""
     kernels = ["level.cpp", "level_baseline.cpp", "level_avx2.cpp", "workspace.cpp"]  # level_*.cpp include the kernels
     glue = ["schema.cpp", "cpu.cpp", "module.cpp"]
-    flags = ["-O3", "-std=c++17"]
+    flags = ["-std=c++17", *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"])]
     result = cpp_extension.CppExtension(
         "topn_gating._C",
         [f"csrc/cpu/{name}" for name in kernels] + [f"csrc/torch/{name}" for name in glue],
@@ -104,7 +104,7 @@ def extension(nvcc: str | None):
         ],
         extra_compile_args={
             "cxx": [*flags, "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"],
-            "nvcc": [*flags, "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"],
+            "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"],
         },
     )
     if nvcc is None:

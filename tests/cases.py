@@ -45,12 +45,13 @@ class SimtBackend(Backend):
 
     library: CDLL
 
-    # (kind, seed) of simt_control.h: first in first out, last in first out, random
-    SCHEDULES = (0, 0), (1, 0), (2, 1), (2, 2)
+    # (kind, seed) of simt_control.h: random, last in first out, first in first out, random
+    SCHEDULES = (2, 1), (1, 0), (0, 0), (2, 2)
+    schedules: int = 4  # of these
 
     def __call__(self, name: str, *args):
         results = []
-        for kind, seed in self.SCHEDULES:
+        for kind, seed in self.SCHEDULES[: self.schedules]:
             self.library.simt_set_schedule(kind, c_uint64(seed))
             results.append(super().__call__(name, *args))
         for other in results[1:]:
