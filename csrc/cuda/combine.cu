@@ -20,7 +20,7 @@ __device__ __forceinline__ void clear_free_pairs(const Assignment& s, Real* grad
 }
 
 template <class T, int Count>
-__global__ void __launch_bounds__(SIMT_BLOCK_THREADS) combine_backward_slots(CombineBackwardTask task) {
+__global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) combine_backward_slots(CombineBackwardTask task) {
   using R = RealOf<T>;
   const CombineBackward& a = task.combine;
   R* const grad_weight = static_cast<R*>(a.grad_weight);

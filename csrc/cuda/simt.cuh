@@ -1,5 +1,5 @@
-// Warp and block primitives, the only place that names an intrinsic. nvcc compiles it for the GPU; g++, with the host header
-// of tests/simt in place of the CUDA runtime, for a run on the CPU.
+// Launches, and what the threads of a warp do together: the only header of the device that kernels include. nvcc compiles it
+// for the GPU; g++, with the host header of tests/simt in place of the CUDA runtime, for a run on the CPU.
 #pragma once
 
 #include <cstdint>
