@@ -12,6 +12,8 @@ namespace topn_gating {
 
 enum class DType { F32, F64, BF16, F16 };
 
+constexpr int64_t element_bytes(DType dtype) { return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2; }
+
 enum class Policy { Random, Threshold, All, None };
 
 // Values of `slot` for pairs that hold none.

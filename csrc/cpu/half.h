@@ -15,10 +15,6 @@ struct Float16 {
 template <class T>
 using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-constexpr int64_t element_bytes(DType dtype) {
-  return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2;
-}
-
 // Calls f with a null pointer to the element type.
 template <class F>
 void with_type(DType dtype, const F& f) {

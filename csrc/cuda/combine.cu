@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) combine_backward_slots(
   const CombineBackward& a = task.combine;
   R* const grad_weight = static_cast<R*>(a.grad_weight);
   clear_free_pairs(a.assignment, grad_weight);
-  for_rows(task.plan, [&](int64_t first) {
-    const int64_t last = first + task.plan.at_once < task.plan.rows ? first + task.plan.at_once : task.plan.rows;
+  for_rows(task.plan, [&](int64_t first, int64_t last) {
     const int64_t own = first + lane_id();
     const int64_t pair = own < last ? holding_pair(a.assignment, own) : -1;
     const int64_t token = pair < 0 ? -1 : quotient(pair, a.assignment.top_n);

@@ -17,8 +17,7 @@ struct CopyRows {
 template <class Unit>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) copy_rows(CopyRows a) {
   const int64_t units = a.row_bytes / int64_t(sizeof(Unit));
-  for_rows(a.plan, [&](int64_t first) {
-    const int64_t last = first + a.plan.at_once < a.plan.rows ? first + a.plan.at_once : a.plan.rows;
+  for_rows(a.plan, [&](int64_t first, int64_t last) {
     const int64_t own = first + lane_id();
     const int64_t pair = own < last ? holding_pair(a.assignment, own) : -1;
     const int64_t token = pair < 0 ? -1 : quotient(pair, a.assignment.top_n);

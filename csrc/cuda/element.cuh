@@ -29,8 +29,6 @@ __device__ __forceinline__ T from_real(RealOf<T> v) {
   }
 }
 
-constexpr int64_t element_bytes(DType dtype) { return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2; }
-
 // Calls f with a null pointer to the element type.
 template <class F>
 cudaError_t with_type(DType dtype, const F& f) {
@@ -51,7 +49,7 @@ struct alignas(sizeof(T) * Count) Pack {
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
 
-// Whether rows of `size` elements that start at these addresses can be read and written in 16 bytes.
+// Whether rows of this size, one after another from these addresses on, can be read and written 16 bytes at a time.
 template <class... Pointers>
 bool is_wide(int64_t row_bytes, Pointers... rows) {
   const uintptr_t bits = uintptr_t(row_bytes) | (uintptr_t(0) | ... | reinterpret_cast<uintptr_t>(rows));

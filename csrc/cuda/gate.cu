@@ -201,7 +201,7 @@ GateSpace carve(const Gate& a, const Tiles& tiles) {
 }
 
 template <class T, class Lanes>
-GateTask task_of(const Gate& a) {
+GateTask task_of(const Gate& a, T* /*element*/, Lanes* /*lanes*/) {
   using R = typename Lanes::R;
   const int64_t row_bytes = 2 * sizeof(R) + sizeof(typename Lanes::Key);  // for an expert
   GateTask task{a, plan_tiles<Lanes>(a, row_bytes, is_wide(a.experts * sizeof(T), a.logits)), {}};
@@ -210,8 +210,8 @@ GateTask task_of(const Gate& a) {
 }
 
 template <class T, class Lanes>
-cudaError_t launch_gate(const Gate& a, cudaStream_t stream) {
-  const GateTask task = task_of<T, Lanes>(a);
+cudaError_t launch_gate(const Gate& a, cudaStream_t stream, T* element, Lanes* lanes) {
+  const GateTask task = task_of(a, element, lanes);
   const size_t shared = a.losses ? TileSums<Lanes>::shared_bytes(task.tiles.block, a.experts) : 0;
   const auto kernel = gate_tokens<T, Lanes>;
   const cudaError_t error = SIMT_LAUNCH(kernel, task.tiles.grid, task.tiles.block, shared, stream, task);
@@ -222,23 +222,15 @@ cudaError_t launch_gate(const Gate& a, cudaStream_t stream) {
 
 int64_t workspace_bytes(const Gate& a) {
   int64_t bytes = 0;
-  with_type(a.dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    with_lanes<T>(a.experts, a.top_n, a.soft, [&](auto* lanes) {
-      bytes = task_of<T, std::remove_pointer_t<decltype(lanes)>>(a).space.bytes;
-    });
+  with_row(a, [&](auto* element, auto* lanes) {
+    bytes = task_of(a, element, lanes).space.bytes;
     return cudaSuccess;
   });
   return bytes;
 }
 
 cudaError_t gate(const Gate& a, cudaStream_t stream) {
-  return with_type(a.dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    return with_lanes<T>(a.experts, a.top_n, a.soft, [&](auto* lanes) {
-      return launch_gate<T, std::remove_pointer_t<decltype(lanes)>>(a, stream);
-    });
-  });
+  return with_row(a, [&](auto* element, auto* lanes) { return launch_gate(a, stream, element, lanes); });
 }
 
 }  // namespace topn_gating::cuda

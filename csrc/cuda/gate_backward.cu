@@ -35,8 +35,7 @@ __global__ void count_real(GateBackwardTask task) {
   if (lane_id() == 0) counts[warp_id()] = count;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  double sum = 0;
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += counts[w];
+  const double sum = sum_warps(counts);
   *task.real = sum > 1 ? sum : 1;
 }
 
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(kBlockThreads<Lanes>, kResidentBlocks<Lanes>) 
 bool counts_real(const GateBackward& a) { return a.grad_router_z_loss != nullptr && a.padding_mask != nullptr; }
 
 template <class T, class Lanes>
-GateBackwardTask task_of(const GateBackward& a) {
+GateBackwardTask task_of(const GateBackward& a, T* /*element*/, Lanes* /*lanes*/) {
   const bool wide = is_wide(a.experts * sizeof(T), a.logits, a.grad_logits);
   GateBackwardTask task{a, plan_tiles<Lanes>(a, 4 * sizeof(typename Lanes::R), wide), nullptr, nullptr};
   task.real = static_cast<double*>(a.workspace);
@@ -199,8 +198,8 @@ GateBackwardTask task_of(const GateBackward& a) {
 }
 
 template <class T, class Lanes>
-cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream) {
-  const GateBackwardTask task = task_of<T, Lanes>(a);
+cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream, T* element, Lanes* lanes) {
+  const GateBackwardTask task = task_of(a, element, lanes);
   if (counts_real(a)) {
     const unsigned warps = SIMT_BLOCK_THREADS / kWarp;
     const cudaError_t error = SIMT_LAUNCH(count_real, 1u, warps * kWarp, warps * sizeof(double), stream, task);
@@ -214,23 +213,15 @@ cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream) {
 
 int64_t workspace_bytes(const GateBackward& a) {
   int64_t bytes = kRealBytes;
-  with_type(a.dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    with_lanes<T>(a.experts, a.top_n, a.soft, [&](auto* lanes) {
-      bytes += task_of<T, std::remove_pointer_t<decltype(lanes)>>(a).tiles.memory_bytes();
-    });
+  with_row(a, [&](auto* element, auto* lanes) {
+    bytes += task_of(a, element, lanes).tiles.memory_bytes();
     return cudaSuccess;
   });
   return bytes;
 }
 
 cudaError_t gate_backward(const GateBackward& a, cudaStream_t stream) {
-  return with_type(a.dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    return with_lanes<T>(a.experts, a.top_n, a.soft, [&](auto* lanes) {
-      return launch_gate_backward<T, std::remove_pointer_t<decltype(lanes)>>(a, stream);
-    });
-  });
+  return with_row(a, [&](auto* element, auto* lanes) { return launch_gate_backward(a, stream, element, lanes); });
 }
 
 }  // namespace topn_gating::cuda

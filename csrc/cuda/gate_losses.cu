@@ -4,14 +4,6 @@
 namespace topn_gating::cuda {
 namespace {
 
-// One of a value per warp, added up in order by whoever asks.
-template <class T>
-__device__ __forceinline__ T sum_warps(const T* values) {
-  T sum{};
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += values[w];
-  return sum;
-}
-
 // Adds up the tiles: a block takes 32 experts of a group, a warp of it every so many tiles. The block that is done last adds
 // up the blocks.
 template <class Real>
@@ -20,9 +12,9 @@ __global__ void gate_losses(GateTask task) {
   const GateSpace& space = task.space;
   const unsigned warps = blockDim.x / kWarp;
   SIMT_DYN_SMEM(double, shared);
-  double* const importances = shared;                      // (warps, 32)
-  double* const z_losses = importances + warps * kWarp;    // (warps)
-  double* const reals = z_losses + warps;                  // (warps)
+  double* const importances = shared;                                 // (warps, 32)
+  double* const z_losses = importances + warps * kWarp;               // (warps)
+  double* const reals = z_losses + warps;                             // (warps)
   int32_t* const counts = reinterpret_cast<int32_t*>(reals + warps);  // (warps, 32)
   unsigned* const number = reinterpret_cast<unsigned*>(counts + warps * kWarp);
 
@@ -48,8 +40,8 @@ __global__ void gate_losses(GateTask task) {
 
   if (warp_id() == 0) {
     const double of_group = sum_warps(reals), share = 1.0 / (of_group > 1 ? of_group : 1.0);
-    for (unsigned w = 1; w < warps; ++w) importance += importances[w * kWarp + lane_id()];
-    for (unsigned w = 1; w < warps; ++w) count += counts[w * kWarp + lane_id()];
+    importance = sum_warps(importances + lane_id(), kWarp);
+    count = sum_warps(counts + lane_id(), kWarp);
     if (group < a.groups && expert < a.experts) {
       static_cast<Real*>(a.importance)[group * a.experts + expert] = Real(importance * share);
       a.top_count[group * a.experts + expert] = count;

@@ -78,11 +78,8 @@ class TileSums {
     z_loss_ = warp_sum(z_loss_);
     if (lane_id() == 0) z_losses_[warp_id()] = z_loss_;
     __syncthreads();
-    const unsigned warps = blockDim.x / kWarp;
     for (int j = int(threadIdx.x); j < lanes_.experts; j += int(blockDim.x)) {
-      double sum = 0;
-      for (unsigned w = 0; w < warps; ++w) sum += shared_[w * kWarp * Lanes::count + j];
-      space.importance[tile * lanes_.experts + j] = sum;
+      space.importance[tile * lanes_.experts + j] = sum_warps(shared_ + j, kWarp * Lanes::count);
       space.top_count[tile * lanes_.experts + j] = top_count_[j];
     }
     int real = 0;
@@ -91,9 +88,7 @@ class TileSums {
       real = warp_add(real);
     }
     if (threadIdx.x == 0) {
-      double sum = 0;
-      for (unsigned w = 0; w < warps; ++w) sum += z_losses_[w];
-      space.z_loss[tile] = sum;
+      space.z_loss[tile] = sum_warps(z_losses_);
       space.real[tile] = real;
     }
   }

@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows(SumRows a) {
   using R = RealOf<T>;
   const int top_n = int(a.assignment.top_n);
   const unsigned of_first = top_n < int(kWarp) ? (1u << top_n) - 1u : kAllLanes;
-  for_rows(a.plan, [&](int64_t first) {
-    const int64_t last = first + a.plan.at_once < a.plan.rows ? first + a.plan.at_once : a.plan.rows;
+  for_rows(a.plan, [&](int64_t first, int64_t last) {
     HeldPairs<R> held;
     held.find(a, first * top_n, last * top_n);
     for (int64_t token = first; token < last; ++token) {
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows_of_many_ranks(
   using R = RealOf<T>;
   const int64_t top_n = a.assignment.top_n;
   R* const dots = static_cast<R*>(a.dots);
-  for_rows(a.plan, [&](int64_t token) {
+  for_rows(a.plan, [&](int64_t token, int64_t /*last*/) {
     bool first_part = true;
     for_parts<1>(a.dim, [&](int64_t at) {
       PartSum<T, 1> sum;

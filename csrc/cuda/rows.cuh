@@ -27,12 +27,14 @@ inline RowPlan plan_rows(int64_t rows, int most_at_once) {
   return {rows, int(at_once), grid_of(parts(parts(rows, at_once), int64_t(kWarpsPerBlock)))};
 }
 
-// Calls f(first) for each run of `at_once` rows of this warp.
+// Calls f(first, last) for each run of `at_once` rows of this warp; the last run has what is left.
 template <class F>
 __device__ __forceinline__ void for_rows(const RowPlan& plan, const F& f) {
   const int64_t warp = int64_t(blockIdx.x) * kWarpsPerBlock + warp_id();
   const int64_t step = int64_t(gridDim.x) * kWarpsPerBlock * plan.at_once;
-  for (int64_t first = warp * plan.at_once; first < plan.rows; first += step) f(first);
+  for (int64_t first = warp * plan.at_once; first < plan.rows; first += step) {
+    f(first, first + plan.at_once < plan.rows ? first + plan.at_once : plan.rows);
+  }
 }
 
 // Calls f(at) for each part of a row in turn, once for an empty row; lane l has the vectors at part + (32 u + l) · Count.

@@ -97,6 +97,14 @@ __device__ __forceinline__ T warp_sum(T value SIMT_CALLER) {
   return value;
 }
 
+// The sum of what the warps of a block have left, a value each, `stride` apart: in their order, by whoever asks.
+template <class T>
+__device__ __forceinline__ T sum_warps(const T* values, unsigned stride = 1) {
+  T sum{};
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += values[w * stride];
+  return sum;
+}
+
 // Takes a number of a counter that starts at 0. What a block wrote before it took its number is seen by whoever takes a
 // later one: the block that takes the last number sees what all have written.
 __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {

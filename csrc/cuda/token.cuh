@@ -93,6 +93,15 @@ auto with_lanes(int64_t experts, int64_t top_n, bool soft, const F& f) {
   }
 }
 
+// Calls f with null pointers to the element type and to the lanes of the rows.
+template <class Args, class F>
+cudaError_t with_row(const Args& a, const F& f) {
+  return with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    return with_lanes<T>(a.experts, a.top_n, a.soft, [&](auto* lanes) { return f(element, lanes); });
+  });
+}
+
 template <class T, class Args>
 __device__ __forceinline__ const T* logits_of(const Args& a, int64_t token) {
   return static_cast<const T*>(a.logits) + token * a.experts;
