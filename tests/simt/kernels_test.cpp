@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <limits>
+#include <cstdlib>
 #include <thread>
 
 namespace kernels_test {
@@ -19,85 +18,6 @@ const char* name_of(DType dtype) {
     case DType::F16: return "f16";
   }
   return "";
-}
-
-Type type_of(DType dtype) {
-  switch (dtype) {
-    case DType::F32: return Type::F32;
-    case DType::F64: return Type::F64;
-    case DType::BF16: return Type::BF16;
-    case DType::F16: return Type::F16;
-  }
-  return Type::F32;
-}
-Type real_of(DType dtype) { return dtype == DType::F64 ? Type::F64 : Type::F32; }
-
-int64_t bytes_of(Type type) {
-  switch (type) {
-    case Type::Bool: return 1;
-    case Type::BF16:
-    case Type::F16: return 2;
-    case Type::I32:
-    case Type::F32: return 4;
-    case Type::F64: return 8;
-  }
-  return 0;
-}
-
-uint64_t Random::bits() {  // splitmix64
-  uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-double Random::uniform() { return double(bits() >> 40) * 0x1p-24; }
-double Random::normal() {
-  double sum = -6;
-  for (int i = 0; i < 12; ++i) sum += uniform();
-  return sum;
-}
-
-Buffer::Buffer(Type type, int64_t count, bool aligned, int fill) : type_(type), count_(count) {
-  const size_t offset = aligned ? 0 : size_t(bytes_of(type)), size = size_t(count * bytes_of(type));
-  memory_.reset(std::malloc(offset + size));
-  data_ = static_cast<char*>(memory_.get()) + offset;
-  std::memset(data_, fill, size);
-}
-
-double Buffer::get(int64_t i) const {
-  switch (type_) {
-    case Type::Bool: return as<unsigned char>()[i];
-    case Type::I32: return as<int32_t>()[i];
-    case Type::F32: return as<float>()[i];
-    case Type::F64: return as<double>()[i];
-    case Type::BF16: return __bfloat162float(as<__nv_bfloat16>()[i]);
-    case Type::F16: return __half2float(as<__half>()[i]);
-  }
-  return 0;
-}
-
-void Buffer::set(int64_t i, double value) {
-  switch (type_) {
-    case Type::Bool: as<bool>()[i] = value != 0; break;
-    case Type::I32: as<int32_t>()[i] = int32_t(value); break;
-    case Type::F32: as<float>()[i] = float(value); break;
-    case Type::F64: as<double>()[i] = value; break;
-    case Type::BF16: as<__nv_bfloat16>()[i] = __float2bfloat16_rn(float(value)); break;
-    case Type::F16: as<__half>()[i] = __float2half_rn(float(value)); break;
-  }
-}
-
-bool Buffer::all_ones(int64_t i) const {
-  const unsigned char* bytes = as<unsigned char>() + i * bytes_of(type_);
-  return std::all_of(bytes, bytes + bytes_of(type_), [](unsigned char byte) { return byte == 0xff; });
-}
-
-int64_t Buffer::first_difference(const Buffer& other) const {
-  const int64_t bytes = bytes_of(type_);
-  if (std::memcmp(data(), other.data(), size_t(count_ * bytes)) == 0) return -1;
-  int64_t i = 0;
-  while (std::memcmp(as<char>() + i * bytes, other.as<char>() + i * bytes, size_t(bytes)) == 0) ++i;
-  return i;
 }
 
 namespace {

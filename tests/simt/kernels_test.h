@@ -1,73 +1,23 @@
-// What the tests of the CUDA kernels on the host have in common: buffers, bounds, and a trial, which runs a kernel on the
+// What the tests of the CUDA kernels on the host have in common: bounds, and a trial, which runs a kernel on the
 // same input as the CPU's and compares.
 #pragma once
 
-#include <cstdlib>
 #include <functional>
-#include <memory>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "buffer.h"
 #include "cuda/launch.h"
 #include "router.h"
 
 namespace kernels_test {
 
 using namespace topn_gating;
+using namespace topn_gating::host;
 
 constexpr DType kDTypes[] = {DType::F32, DType::F64, DType::BF16, DType::F16};
 const char* name_of(DType);
-
-enum class Type { Bool, I32, F32, F64, BF16, F16 };
-Type type_of(DType);
-Type real_of(DType);  // "Real" of router.h
-int64_t bytes_of(Type);
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t bits();
-  int64_t below(int64_t bound) { return int64_t(bits() >> 11) % bound; }
-  bool chance(double p) { return uniform() < p; }
-  double uniform();  // in [0, 1), exact in float
-  double normal();   // near enough
-
- private:
-  uint64_t state_;
-};
-
-// Memory of exactly that many elements, so that AddressSanitizer sees an overrun by one. Unaligned: as little as its elements
-// allow.
-class Buffer {
- public:
-  Buffer(Type type, int64_t count, bool aligned = true, int fill = 0xff);
-  template <class F>  // elements f(i)
-  static Buffer of(Type type, int64_t count, bool aligned, const F& f) {
-    Buffer buffer(type, count, aligned);
-    for (int64_t i = 0; i < count; ++i) buffer.set(i, f(i));
-    return buffer;
-  }
-
-  void* data() const { return data_; }
-  template <class T>
-  T* as() const { return static_cast<T*>(data()); }
-  Type type() const { return type_; }
-  int64_t count() const { return count_; }
-  double get(int64_t i) const;
-  void set(int64_t i, double value);
-  bool all_ones(int64_t i) const;
-  int64_t first_difference(const Buffer& other) const;  // of bits; -1: none
-
- private:
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  Type type_;
-  int64_t count_;
-  std::unique_ptr<void, Free> memory_;
-  void* data_;
-};
 
 // How far a result may be from the CPU's: so many units in the last place of its type, and so many roundings of Real relative
 // to the largest of the tensor, or to `terms` where the sums are of that size and may cancel. 0: the same bits.

@@ -1,0 +1,36 @@
+// SPEC in plain loops and in double: what the kernels' results are compared with. `gate` and `assign` walk the tokens; of all
+// else, an element is a formula of its index, and stands where kernels.cpp expects it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "buffer.h"
+
+namespace topn_gating::bench {
+
+struct Problem;
+
+struct Gates {
+  std::vector<double> weight;      // (g, n, k)
+  std::vector<int32_t> expert;     // (g, n, k)
+  std::vector<double> importance;  // (g, e)
+  std::vector<int32_t> top_count;  // (g, e)
+  double balance_loss = 0, router_z_loss = 0;
+};
+Gates reference_gate(const Problem&);
+
+struct GateGradients {
+  const host::Buffer &weight, &importance, &balance_loss, &router_z_loss;
+};
+std::vector<double> reference_gate_backward(const Problem&, const GateGradients&);  // (g, n, e)
+
+struct Slots {
+  std::vector<double> kept;     // (g, n, k)
+  std::vector<int32_t> slot;    // (g, n, k)
+  std::vector<int32_t> source;  // (g, e, C)
+  std::vector<int32_t> demand;  // (g, e)
+};
+Slots reference_assign(const Problem&);
+
+}  // namespace topn_gating::bench

@@ -1,0 +1,296 @@
+// Every kernel, forward and backward, on the CPU and, where CUDA was built and a card is there, on the GPU.
+//
+//   router_bench [--shapes=b,n,d,e,k;...] [--dtypes=float32,...] [--threads=N] [--check_only] and Google Benchmark's own
+//   flags (--help), such as --benchmark_filter=gate/cpu --benchmark_format=json
+//
+// A kernel's results are first compared with plain loops: on inputs that would show a mistake, in a small shape of as many
+// experts and ranks, and on those that are timed. `bytes` are those of the tensors that the kernel must read and write (of a
+// tensor that it gathers from: the rows that it needs). `floor_us` is the time that the fastest copy takes to read half as many
+// bytes and to write the other half, measured just before on the same threads: what fits a cache is held against a copy that
+// fits it, too, since from call to call neither need reach memory. `of_bandwidth` is that floor's share of the kernel's time. A
+// kernel that mostly reads, or mostly writes, can pass 1.
+//
+// OMP_WAIT_POLICY=passive: threads that spin at a barrier take a small machine's only other core from the work.
+#include <benchmark/benchmark.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <deque>
+#include <map>
+#include <memory>
+#include <stdexcept>
+
+#include "router/kernels.h"
+
+namespace topn_gating::bench {
+namespace {
+
+struct NamedType {
+  const char* name;
+  DType dtype;
+};
+constexpr NamedType kTypes[] = {
+    {"float32", DType::F32}, {"bfloat16", DType::BF16}, {"float16", DType::F16}, {"float64", DType::F64}};
+
+struct Options {
+  std::vector<Shape> shapes = {
+      {1, 1024, 512, 8, 2}, {4, 1024, 512, 16, 2}, {2, 4096, 512, 16, 2}, {8, 2048, 256, 64, 4}, {1, 8192, 512, 64, 8}};
+  std::vector<NamedType> types = {kTypes[0], kTypes[1]};
+  int threads = omp_get_max_threads();
+  bool check_only = false;
+};
+
+struct BadOption : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0, end; begin <= text.size(); begin = end + 1) {
+    end = std::min(text.find(separator, begin), text.size());
+    parts.push_back(text.substr(begin, end - begin));
+  }
+  return parts;
+}
+
+// 0 where it is no count from 1 to `most`.
+int64_t count_from(const std::string& text, int64_t most) {
+  const bool digits = !text.empty() && text.size() <= 10 && text.find_first_not_of("0123456789") == std::string::npos;
+  const int64_t value = digits ? std::stoll(text) : 0;
+  return value <= most ? value : 0;
+}
+
+Shape shape_from(const std::string& text) {
+  std::vector<int64_t> sizes;
+  for (const std::string& part : split(text, ',')) sizes.push_back(count_from(part, INT32_MAX));
+  const bool counts = std::find(sizes.begin(), sizes.end(), 0) == sizes.end();
+  if (sizes.size() != 5 || !counts || sizes[4] > sizes[3]) {
+    throw BadOption("--shapes takes b,n,d,e,k;..., counts from 1 with k at most e, got '" + text + "'");
+  }
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+}
+
+NamedType type_from(const std::string& text) {
+  for (const NamedType& type : kTypes) {
+    if (text == type.name) return type;
+  }
+  throw BadOption("--dtypes takes some of float32,bfloat16,float16,float64, got '" + text + "'");
+}
+
+// Of what Google Benchmark has left.
+Options options_from(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const size_t equals = std::min(argument.find('='), argument.size());
+    const std::string name = argument.substr(0, equals), value = argument.substr(std::min(equals + 1, argument.size()));
+    if (name == "--shapes") {
+      options.shapes.clear();
+      for (const std::string& part : split(value, ';')) options.shapes.push_back(shape_from(part));
+    } else if (name == "--dtypes") {
+      options.types.clear();
+      for (const std::string& part : split(value, ',')) options.types.push_back(type_from(part));
+    } else if (name == "--threads") {
+      options.threads = int(count_from(value, 1024));
+      if (options.threads == 0) throw BadOption("--threads takes a count from 1 to 1024, got '" + value + "'");
+    } else if (argument == "--check_only") {
+      options.check_only = true;
+    } else {
+      throw BadOption("unknown option '" + argument + "': --help names those there are");
+    }
+  }
+  return options;
+}
+
+void print_help() {
+  std::printf(
+      "router_bench [--shapes=b,n,d,e,k;...] [--dtypes=float32,bfloat16,float16,float64] [--threads=N] [--check_only]\n"
+      "             [--benchmark_filter=<regex>] [--benchmark_format=<console|json|csv>] [--benchmark_out=<filename>]\n"
+      "             [--benchmark_min_time=<seconds>] [--benchmark_repetitions=<count>] [--benchmark_list_tests]\n"
+      "             and the other flags of Google Benchmark\n");
+}
+
+// A copy that reads and writes `bytes` in all: the fastest way's median time, in seconds. Each is measured once.
+double seconds_to_copy(Device& device, int64_t bytes) {
+  static std::map<std::pair<const Device*, int64_t>, double> known;
+  double& best = known[{&device, bytes}];
+  if (best > 0) return best;
+  constexpr int64_t line = 64;
+  constexpr double budget = 0.03;
+  const int64_t half = std::max(bytes / 2 / line, int64_t(1)) * line;
+  const Buffer from(Type::Bool, half), to(Type::Bool, half);
+  const std::shared_ptr<void> on_device = device.memory_of(from), target = device.memory_of(to);
+  best = 1e9;
+  for (const std::function<void()>& copy : device.copies(target.get(), on_device.get(), half)) {
+    const Stopwatch stopwatch = device.stopwatch(copy);
+    stopwatch.seconds();
+    std::vector<double> times;
+    for (double total = 0; total < budget || times.size() < 5; total += times.back()) times.push_back(stopwatch.seconds());
+    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+    best = std::min(best, times[times.size() / 2] / double(stopwatch.calls));
+  }
+  best *= double(bytes) / double(2 * half);
+  return best;
+}
+
+struct Case {
+  const Kernel& kernel;
+  Device& device;
+  NamedType type;
+  Shape shape;
+
+  std::string name() const { return std::string(kernel.name) + "/" + device.name() + "/" + type.name + "/" + shape.name(); }
+};
+
+// Throws where a result is wrong.
+std::unique_ptr<Call> checked_call(const Case& c, const Problem& problem) {
+  auto call = std::make_unique<Call>(c.device);
+  c.kernel.set_up(*call, problem);
+  const std::string wrong = call->check();
+  if (!wrong.empty()) throw std::runtime_error("on " + problem.shape.name() + ": " + wrong);
+  return call;
+}
+
+// Checks cases, and keeps the last ready to be timed, since Google Benchmark enters a function several times; and its problems,
+// which the next case may share.
+class Checker {
+ public:
+  // The case's call on what is to be timed; null where a result is wrong.
+  const Call* call(const Case& c) {
+    if (name_ == c.name()) return call_.get();
+    name_.clear();
+    ++cases_;
+    try {
+      make_problems(c);
+      for (const Problem& problem : problems_) {
+        call_.reset();
+        call_ = checked_call(c, problem);
+      }
+      name_ = c.name();
+      return call_.get();
+    } catch (const std::exception& error) {
+      ++failures_;
+      failure_ = error.what();
+      std::fprintf(stderr, "FAILED %s: %s\n", c.name().c_str(), error.what());
+      return nullptr;
+    }
+  }
+
+  int cases() const { return cases_; }
+  int failures() const { return failures_; }
+  const std::string& failure() const { return failure_; }  // the last
+
+ private:
+  // The last is the one to be timed.
+  void make_problems(const Case& c) {
+    const std::string of_problems = c.type.name + c.shape.name();
+    if (of_problems_ == of_problems) return;
+    call_.reset();
+    problems_.clear();
+    of_problems_.clear();
+    const Shape small{2, 501, 37, c.shape.experts, c.shape.top_n};  // of no whole tiles and vectors
+    problems_.emplace_back(small, c.type.dtype, Inputs::Timed);
+    problems_.emplace_back(small, c.type.dtype, Inputs::Hard);
+    problems_.emplace_back(c.shape, c.type.dtype, Inputs::Timed);
+    of_problems_ = of_problems;
+  }
+
+  std::string name_, of_problems_, failure_;
+  std::deque<Problem> problems_;
+  std::unique_ptr<Call> call_;
+  int cases_ = 0, failures_ = 0;
+};
+
+void time_call(benchmark::State& state, Device& device, const Call& call) {
+  const double floor = seconds_to_copy(device, call.bytes());
+  const Stopwatch stopwatch = device.stopwatch(call.run());
+  stopwatch.seconds();
+  double total = 0;
+  while (state.KeepRunningBatch(stopwatch.calls)) {
+    const double seconds = stopwatch.seconds();
+    state.SetIterationTime(seconds);
+    total += seconds;
+  }
+  state.SetBytesProcessed(state.iterations() * call.bytes());
+  state.counters["bytes"] = double(call.bytes());
+  state.counters["floor_us"] = 1e6 * floor;
+  state.counters["of_bandwidth"] = floor * double(state.iterations()) / total;
+}
+
+using Devices = std::vector<std::unique_ptr<Device>>;
+
+Devices devices_of(const Options& options) {
+  Devices devices;
+  devices.push_back(cpu_device(options.threads));
+#ifdef TOPN_GATING_CUDA
+  std::string why_not;
+  devices.push_back(cuda_device(&why_not));
+  if (devices.back() == nullptr) {
+    std::fprintf(stderr, "router_bench: no GPU (%s), so the CPU alone\n", why_not.c_str());
+    devices.pop_back();
+  }
+#endif
+  return devices;
+}
+
+// What the bandwidth is, in a cache and past it, for whoever reads the table.
+void add_context(Device& device) {
+  const std::string name = device.name();
+  benchmark::AddCustomContext(name, device.description());
+  for (const int64_t mebibytes : {1, 512}) {
+    const int64_t bytes = mebibytes << 20;
+    benchmark::AddCustomContext(name + "_copy_of_" + std::to_string(mebibytes) + "_MiB",
+                                std::to_string(std::lround(1e-9 * double(bytes) / seconds_to_copy(device, bytes))) + " GB/s");
+  }
+}
+
+std::vector<Case> cases_of(const Options& options, const Devices& devices) {
+  std::vector<Case> cases;
+  for (const Shape& shape : options.shapes) {
+    for (const NamedType& type : options.types) {
+      for (const std::unique_ptr<Device>& device : devices) {
+        for (const Kernel& kernel : kKernels) cases.push_back({kernel, *device, type, shape});
+      }
+    }
+  }
+  return cases;
+}
+
+int run(const Options& options) {
+  const Devices devices = devices_of(options);
+  Checker checker;
+  for (const Case& c : cases_of(options, devices)) {
+    if (options.check_only) {
+      checker.call(c);
+      continue;
+    }
+    const auto timed = [c, &checker](benchmark::State& state) {
+      if (const Call* call = checker.call(c)) return time_call(state, c.device, *call);
+      state.SkipWithError(checker.failure().c_str());
+    };
+    benchmark::RegisterBenchmark(c.name().c_str(), timed)->UseManualTime()->Unit(benchmark::kMicrosecond);
+  }
+  if (options.check_only) {
+    std::printf("%d kernels checked, %d failed\n", checker.cases(), checker.failures());
+  } else {
+    for (const std::unique_ptr<Device>& device : devices) add_context(*device);
+    benchmark::RunSpecifiedBenchmarks();
+  }
+  return checker.failures() == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace topn_gating::bench
+
+int main(int argc, char** argv) {
+  using namespace topn_gating::bench;
+  benchmark::Initialize(&argc, argv, print_help);
+  try {
+    return run(options_from(argc, argv));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "router_bench: %s\n", error.what());
+    return 1;
+  }
+}
