@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from shapes import Shape
 from torch import Tensor
 
 import topn_gating
@@ -33,27 +34,6 @@ from topn_gating.ops import POLICIES
 EPS, THRESHOLD, POLICY = 1e-9, 0.2, "random"  # the module's defaults
 SECONDS = 0.3  # of one measurement, about
 NOT_MEASURED, TOO_LARGE = "not measured", "does not fit"
-
-
-class Shape(NamedTuple):
-    """Groups, tokens of a group, features, experts, experts of a token."""
-
-    b: int
-    n: int
-    d: int
-    e: int
-    k: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """A shape from ``b,n,d,e,k``."""
-        try:
-            sizes = tuple(map(int, text.split(",")))
-        except ValueError:
-            sizes = ()
-        if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[3]:
-            raise argparse.ArgumentTypeError(f"a shape is five counts b,n,d,e,k with k at most e, got {text!r}")
-        return cls(*sizes)
 
 
 SHAPES = [

@@ -89,6 +89,7 @@ def bench(arguments: list[str]) -> int:
         print('The benchmark needs rich: pip install "topn_gating[bench]"', file=sys.stderr)
         return 1
     sys.argv = [str(PEERS), *arguments]
+    sys.path.insert(0, str(PEERS.parent))  # as for a script: it imports what lies beside it
     runpy.run_path(str(PEERS), run_name="__main__")
     return 0
 

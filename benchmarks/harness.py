@@ -1,0 +1,205 @@
+"""Measuring: metrics as calls, rounds in which the contenders take turns, and the check that their work compares."""
+
+import gc
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from contenders import Contender, Ours, Problem
+from shapes import Shape
+from torch import Tensor
+
+from topn_gating.demo.cost import peak_bytes
+
+GATE_FORWARD, GATE = "gate, forward", "gate, forward + backward"
+FULL_FORWARD, FULL = "full path, forward", "full path, forward + backward"
+DENSE = "dense gate, forward"
+MEMORY = "full path, forward + backward: peak memory"
+METRICS = (GATE_FORWARD, GATE, FULL_FORWARD, FULL, DENSE, MEMORY)
+UNITS = dict.fromkeys(METRICS, "ms") | {MEMORY: "MiB"}
+FAILS, TOO_LARGE, DIFFERS = "fails", "too large", "differs"
+
+ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # share of tokens that may differ
+WARM_UP = (1, 2)  # calls; the second of two draws other numbers, for which some compiled code is compiled once more
+ROUND_SECONDS = 0.05  # of one contender in one round, at least
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # never mmap a block, never give the heap back
+
+Step = Callable[[], Sequence[Tensor]]
+
+
+class Figure(NamedTuple):
+    """A cell of the table: what every round gave, and page faults a call; or the word that stands there, and why."""
+
+    values: Sequence[float] = ()
+    faults: Sequence[float] = ()
+    word: str = ""
+    reason: str = ""
+
+
+def restart_with(malloc: str) -> None:
+    """Starts this very command again with the environment that the measurement needs, unless it is there already."""
+    wanted = {"OMP_WAIT_POLICY": "passive", "KINETO_LOG_LEVEL": "99"} | (KEEP if malloc == "keep" else {})
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
+
+
+def step_of(contender: Contender, metric: str) -> Step | None:
+    """The call that is timed; None where the contender has no such thing."""
+    kind = {GATE_FORWARD: "gate", GATE: "gate", FULL_FORWARD: "full", FULL: "full", MEMORY: "full", DENSE: "dense"}[metric]
+    forward = getattr(contender, kind)
+    if forward is None:
+        return None
+    return torch.no_grad()(forward) if metric in (GATE_FORWARD, FULL_FORWARD, DENSE) else with_backward(contender, forward)
+
+
+def with_backward(contender: Contender, forward: Step) -> Step:
+    """``forward``, then back to the gradients of x and of the gate's weight from ready-made ones of all outputs."""
+    grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in one_seed(forward)]
+    inputs = contender.problem.x, contender.problem.weight
+
+    def step() -> Sequence[Tensor]:
+        outputs = forward()
+        return outputs[0].detach(), *torch.autograd.grad(outputs, inputs, grads)
+
+    return step
+
+
+def sample(step: Step, calls: int = 1) -> tuple[float, float]:
+    """Milliseconds and page faults of a call, all under one seed."""
+    torch.manual_seed(0)
+    faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    for _ in range(calls):
+        step()
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    return milliseconds / calls, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / calls
+
+
+def interleave(steps: dict[str, Step], rounds: int) -> dict[str, Figure]:
+    """``rounds`` samples of every step, each round all of them, in an order that turns."""
+    calls = {}
+    for name, step in steps.items():
+        milliseconds = min(sample(step, count)[0] for count in WARM_UP)
+        calls[name] = max(1, round(1e3 * ROUND_SECONDS / milliseconds))
+    figures = {name: Figure([], []) for name in steps}
+    for i in range(rounds):
+        for name in list(steps)[:: 1 if i % 2 else -1]:
+            milliseconds, faults = sample(steps[name], calls[name])
+            figures[name].values.append(milliseconds)
+            figures[name].faults.append(faults)
+    return figures
+
+
+def peak_mebibytes(step: Step) -> float:
+    """The most that one call holds above what stood before it: outputs and gradients count, inputs do not."""
+    return peak_bytes(partial(one_seed, step)) / 2**20
+
+
+def one_seed(step: Step) -> Sequence[Tensor]:
+    """Calls the step under the seed of all."""
+    torch.manual_seed(0)
+    return step()
+
+
+def failed(error: Exception) -> Figure:
+    """The cell of a contender that raised."""
+    return Figure(word=FAILS, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+
+
+def measure_metric(metric: str, contenders: Sequence[Contender], rounds: int) -> dict[str, Figure]:
+    """The cells of a column, by name; a contender that raises gets its own, one without the metric none."""
+    figures, steps = {}, {}
+    for contender in contenders:
+        try:
+            step = step_of(contender, metric)
+            if step is None:
+                continue
+            one_seed(step)
+            if metric == MEMORY:
+                figures[contender.name] = Figure([peak_mebibytes(step)])
+            else:
+                steps[contender.name] = step
+        except Exception as error:
+            figures[contender.name] = failed(error)
+    return figures | interleave(steps, rounds)
+
+
+def cells(shape: Shape, dtype: str, metric: str, figures: dict[str, Figure]) -> list[dict]:
+    """The figures as they are written to a file."""
+    return [
+        {"shape": shape, "dtype": dtype, "metric": metric, "contender": name, **figure._asdict()}
+        for name, figure in figures.items()
+    ]
+
+
+def admit(kinds: Sequence[type[Contender]], problem: Problem, limit: float) -> tuple[list[Contender], dict[str, Figure]]:
+    """Who may be timed on the problem, and the word of everyone else.
+
+    ``limit`` bounds the bytes of a contender's dense tensors.
+    """
+    admitted, words = [], {}
+    for kind in kinds:
+        size = kind.dense_tensors * problem.dense_bytes * (1 if kind.same else problem.shape.b)
+        if size > limit:
+            words[kind.name] = Figure(word=TOO_LARGE, reason=f"about {size / 2**30:.0f} GiB of dense tensors")
+            continue
+        try:
+            contender = kind(problem)
+            why = None if kind.full is None else difference(contender)
+        except Exception as error:
+            words[kind.name] = failed(error)
+            continue
+        if why:
+            words[kind.name] = Figure(word=DIFFERS, reason=why)
+        else:
+            admitted.append(contender)
+    return admitted, words
+
+
+def difference(contender: Contender) -> str | None:
+    """What a contender computes otherwise than topn_gating; None where they agree, or it cannot run at all.
+
+    The experts differ here, so that outputs are those of topn_gating if each token's experts, weights and way back are. A peer
+    with the same semantics is held against it on the problem itself, under one seed. In half precision many logits are equal,
+    and torch.topk takes any of the equal ones: there more tokens may differ.
+    """
+    problem = contender.problem
+    if not contender.same:
+        return difference_without_drops(type(contender), problem.shape)
+    gain = torch.linspace(0.5, 2, problem.shape.e, dtype=problem.x.dtype)
+    ours = one_seed(torch.no_grad()(partial(Ours(problem).full, gain)))[0]
+    try:
+        theirs = one_seed(torch.no_grad()(partial(contender.full, gain)))[0]
+    except RuntimeError:  # it has no way for this type: the table will say so
+        return None
+    unlike = share_unlike(ours, theirs)
+    return f"{100 * unlike:.2f} % of the tokens" if unlike > ALLOWED[problem.x.dtype] else None
+
+
+def difference_without_drops(kind: type[Contender], shape: Shape) -> str | None:
+    """The same for other semantics: outputs and gradients of a few tokens, without thresholds and drops."""
+    b, n, d, e, k = shape
+    small = Problem.make(Shape(b, min(n, 64), d, e, k), torch.float32, capacity_factor=float(e), policy="all")
+    gain = torch.linspace(0.5, 2, e)
+    results = []
+    for contender in (Ours(small, straight_through=False), kind(small)):
+        out = contender.full(gain)[0]
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (small.x, small.weight))))
+    unlike = max(share_unlike(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    allowed = ALLOWED[torch.float32]
+    return f"{100 * unlike:.2f} % of outputs or gradients where nothing is dropped" if unlike > allowed else None
+
+
+def share_unlike(ours: Tensor, theirs: Tensor) -> float:
+    """Share of rows that differ: the two must compute the same for their times to compare."""
+    return (~torch.isclose(ours, theirs, rtol=1e-2, atol=1e-3)).any(-1).double().mean().item()
+
+
+def fresh() -> None:
+    """Forgets what earlier shapes compiled and left, so that each shape is compiled for itself."""
+    torch._dynamo.reset()
+    gc.collect()

@@ -1,0 +1,191 @@
+"""benchmarks/peers.py on tiny shapes: who is compared, what is said of the others, the table and the picture."""
+
+import json
+
+import harness
+import pytest
+import torch
+from contenders import Contender, Ours, Problem, compiled
+from dense_peers import StMoe, Zeta
+from flat_peers import DeepSpeedDense, DeepSpeedSparse, Megatron
+from plain_torch import PlainTorch
+from shapes import Shape
+
+pytest.importorskip("st_moe_pytorch")
+pytest.importorskip("rich")
+import peers
+
+FLAT = [DeepSpeedSparse, DeepSpeedDense, Megatron]
+SHAPES = ["1,60,16,4,2", "2,40,16,8,3"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """As after the tool has started itself again."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    monkeypatch.setattr(harness, "ROUND_SECONDS", 0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Runs the tool on tiny shapes: cells by contender, metric and type, and the Markdown."""
+
+    def run(*arguments, names, shapes=SHAPES):
+        files = ["--json", str(tmp_path / "cells.json"), "--markdown", str(tmp_path / "table.md")]
+        always = ["--malloc", "default", "--rounds", "2", "--threads", "1", "--shapes", *shapes, "--peers", *names]
+        peers.main([*always, *files, *arguments])
+        cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
+        return cells, (tmp_path / "table.md").read_text()
+
+    return run
+
+
+def load(peer):
+    """Skips without the peer's package."""
+    try:
+        peer.load()
+    except Exception as error:
+        pytest.skip(f"{peer.name}: {error}")
+
+
+def words(cells, **where):
+    """The words in place of figures, and "" for figures, of the cells that fit."""
+    return {c["word"] for c in cells if all(c[key] == value for key, value in where.items())}
+
+
+def test_table_has_every_metric_of_every_contender(bench, capsys):
+    cells, markdown = bench(names=[StMoe.name, PlainTorch.name])
+    for dtype in ("float32", "bfloat16"):
+        for metric in harness.METRICS:
+            assert words(cells, contender=Ours.name, dtype=dtype, metric=metric) == {""}
+    for metric in set(harness.METRICS) - {harness.DENSE}:
+        assert words(cells, contender=PlainTorch.name, metric=metric) == {""}
+    assert words(cells, contender=StMoe.name, dtype="float32") == {""}
+    assert words(cells, contender=StMoe.name, dtype="bfloat16", metric=harness.GATE) == {""}
+    assert words(cells, contender=StMoe.name, dtype="bfloat16", metric=harness.FULL) == {harness.FAILS}
+    assert all(c["values"] and min(c["values"]) > 0 for c in cells if not c["word"])
+
+    printed = capsys.readouterr().out
+    assert "dtype" in printed.split(f"{StMoe.name} fails: ")[1].splitlines()[0]  # the reason, once
+    assert printed.count(f"{StMoe.name} fails: ") == 1
+    rows = [line.split("|")[1].strip() for line in markdown.splitlines() if line.startswith("| ")]
+    names = [Ours.name, StMoe.name, PlainTorch.name, peers.Products.name, peers.Zeros.name]
+    assert [row for row in rows if row in names] == names * 4
+    assert sum(row.startswith("**b=") for row in rows) == 4
+
+
+def test_missing_peers_are_named(bench, capsys, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'it'")
+
+    monkeypatch.setattr(Megatron, "load", missing)
+    cells, markdown = bench("--metrics", harness.GATE, "--dtypes", "float32", names=[Megatron.name])
+    assert f"{Megatron.name} is left out (ModuleNotFoundError: No module named 'it')" in capsys.readouterr().out
+    assert {c["contender"] for c in cells} == {Ours.name, peers.Products.name}
+    assert Megatron.name not in markdown
+
+
+def test_one_that_computes_something_else_is_caught(bench, capsys, monkeypatch):
+    monkeypatch.setattr("plain_torch.THRESHOLD", 0.9)
+    cells, _ = bench("--metrics", harness.FULL, "--dtypes", "float32", "bfloat16", names=[PlainTorch.name])
+    assert words(cells, contender=PlainTorch.name) == {harness.DIFFERS}
+    assert f"{PlainTorch.name} differs: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("peer", FLAT, ids=lambda peer: peer.name)
+def test_one_of_other_semantics_that_computes_something_else_is_caught(peer, monkeypatch):
+    load(peer)
+    problem = Problem.make(Shape(2, 70, 8, 5, 3), torch.float32)
+    assert harness.difference(peer(problem)) is None
+    full = peer.full
+
+    def one_expert_in_place_of_another(self, gain=None):
+        return full(self, None if gain is None else gain.flip(0))
+
+    monkeypatch.setattr(peer, "full", one_expert_in_place_of_another)
+    assert harness.difference(peer(problem))
+
+
+@pytest.mark.parametrize("peer", FLAT, ids=lambda peer: peer.name)
+def test_peers_without_groups_have_the_same_number_of_slots(peer):
+    load(peer)
+    problem = Problem.make(Shape(3, 70, 8, 5, 2), torch.float32)
+    with torch.no_grad():
+        problem.x.abs_()
+        problem.weight.zero_()[:2] = 1  # all want the same two experts
+    contender = peer(problem)
+    with torch.no_grad():
+        weight = contender.gate()[0]
+    assert (weight != 0).sum() == 2 * 3 * problem.capacity
+
+
+@pytest.mark.parametrize("peer", FLAT, ids=lambda peer: peer.name)
+def test_peers_without_groups_in_the_table(peer, bench):
+    load(peer)
+    cells, _ = bench(names=[peer.name])
+    assert words(cells, contender=peer.name) == {""}
+    assert peer.dense is None or any(c["metric"] == harness.DENSE for c in cells if c["contender"] == peer.name)
+
+
+def test_zeta_differs_for_three_and_more(bench):
+    load(Zeta)
+    cells, _ = bench("--metrics", harness.FULL, "--dtypes", "float32", names=[Zeta.name])
+    assert [c["word"] for c in cells if c["contender"] == Zeta.name] == ["", harness.DIFFERS]
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 50, 8, 4, 2), Shape(3, 40, 8, 6, 4), Shape(2, 30, 8, 40, 3), Shape(1, 5, 8, 3, 3)])
+@pytest.mark.parametrize("policy", ["random", "all"])
+def test_plain_torch_has_our_numbers_and_gradients(shape, policy):
+    problem = Problem.make(shape, torch.float32, policy=policy)
+    results = []
+    for contender in (Ours(problem), PlainTorch(problem)):
+        outputs = harness.one_seed(contender.full)
+        grads = [torch.ones_like(t) if t.dim() == 0 else torch.linspace(-1, 1, t.numel()).view_as(t) for t in outputs]
+        results.append((*outputs, *torch.autograd.grad(outputs, (problem.x, problem.weight), grads)))
+        results[-1] += tuple(harness.one_seed(contender.gate))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled(bench):
+    name = compiled(PlainTorch).name
+    assert name in {peer.name for peer in peers.PEERS}
+    cells, _ = bench("--metrics", harness.FULL, "--dtypes", "float32", names=[name], shapes=SHAPES[:1])
+    assert words(cells, contender=name) == {""}
+
+
+def test_too_large_dense_tensors_are_not_made(bench):
+    cells, _ = bench("--gibibytes", "1e-5", "--metrics", harness.GATE, names=[StMoe.name, PlainTorch.name])
+    assert words(cells, contender=StMoe.name) == {harness.TOO_LARGE}
+    assert words(cells, contender=PlainTorch.name) == {""}
+
+
+@pytest.mark.parametrize("peer", [StMoe, DeepSpeedDense], ids=lambda peer: peer.name)
+def test_estimate_of_dense_memory(peer):
+    load(peer)
+    problem = Problem.make(Shape(1, 512, 8, 8, 2), torch.float32)
+    held = harness.peak_mebibytes(harness.step_of(peer(problem), harness.FULL)) * 2**20
+    assert 0.5 * peer.dense_tensors < held / problem.dense_bytes < 1.1 * peer.dense_tensors
+
+
+def test_growth(bench, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "growth.png"
+    arguments = ["--growth", str(picture), "--tokens", "32", "64", "128", "--gibibytes", "0.001"]
+    cells, markdown = bench(*arguments, names=[StMoe.name, PlainTorch.name])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    tokens = {c["contender"]: c["shape"][1] for c in cells if c["values"]}  # the largest, which comes last
+    assert tokens[Ours.name] == 128 > tokens[StMoe.name]
+    assert {c["metric"] for c in cells} == {harness.FULL, harness.MEMORY}
+    assert f"| {PlainTorch.name} |" in markdown
+    assert f"{StMoe.name} too large" in capsys.readouterr().out
+
+
+def test_every_contender_says_what_it_is():
+    everyone = (Ours, *peers.PEERS, peers.Products, peers.Zeros)
+    assert len({kind.name for kind in everyone}) == len(everyone)
+    assert all(kind.about for kind in everyone)
+    assert all(issubclass(kind, Contender) and kind.install for kind in (StMoe, Zeta, *FLAT))
