@@ -7,7 +7,7 @@
 
 namespace TOPN_NAMESPACE {
 
-// An integer in the place of a float's exponent; NaN brings any.
+// The low bits of an integer, in the place of a float's exponent; NaN brings any.
 template <class I>
 TOPN_INLINE I to_exponent(I n) {
   return n << 23;
@@ -32,12 +32,9 @@ TOPN_INLINE V exp_float(V d, V error) {
   p = p * r + 1.66666667e-1f;
   p = p * r + 0.5f;
   p = (p * r) * r + r;
-  // 2^n in two factors, since 2^n itself may be denormal.
-  const auto exponent = as_int(shifted) - as_int(magic);
-  const auto half = exponent >> 1;
-  const V low = as_float(to_exponent(half + 127));
-  const V high = as_float(to_exponent(exponent - half + 127));
-  return ((p + 1.0f) * low) * high;
+  // 2^n in two factors, since 2^n itself may be denormal. n is in the low bits of `shifted`, below what magic has there.
+  const V scale = as_float(to_exponent(as_int(shifted)) + ((127 + 64) << 23));
+  return ((p + 1.0f) * scale) * 5.42101086e-20f;  // 2^-64
 }
 
 // Natural logarithm of a normal positive float, within 2 ulp: u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), then

@@ -1,18 +1,19 @@
 // The maths of one token, the same on every backend.
 //
-// A row is the e values of one token, spread over lanes: `lanes.count` values of type V, where V is a SIMD vector on the
-// CPU and a scalar of one thread on a GPU. `Row` holds them: a V* on the CPU, anything with an operator[]. `Lanes` says how
-// they are spread and reduces across them:
+// A row is the e values of one token: `lanes.count` values of type V. On a GPU the threads of a warp share a row, V is a
+// scalar, and the lanes are threads. On the CPU V is a SIMD vector whose lanes are tokens: a row is those of as many tokens,
+// and all that is said here of one token is done to each. `Row` holds the values: anything with an operator[]. `Lanes` says
+// how they lie:
 //
-//   V                     a vector of, or one, R (float or double)
-//   Key, R                the ordered integers of V's shape; the scalar type
+//   V                     float or double, or a vector of them
+//   R                     one number of a token: a scalar on a GPU, V on the CPU
+//   Key                   the ordered integers of V's shape
 //   count, unroll         values of type V in a row; how often a GPU repeats the body of a loop over them
-//   max(V), sum(V)        reductions over the lanes, in a fixed order
-//   index(i), real(i)     experts at value i, as Key; which of them there are
-//   max(Key), min(Key)
+//   sums                  partial sums that a loop over them keeps
+//   max(V), sum(V)        reductions over a row's lanes, in a fixed order
+//   real(i)               whether value i is of an expert
 //   at(Row, j)            the entry of expert j
 //   add(Row, j, R)        adds to it
-//   drop(Row, j)          sets the key of expert j below all others
 //
 // Entries past the last expert hold -inf as scores and so 0 as gates. Whoever includes this has declared, for V,
 // `exp_value(d, error)` (see elementary.h) and `log_value(u)`, and as_int, which gives a value's bits.
@@ -55,52 +56,34 @@ TOPN_INLINE V exp_below(V s, R max) {
 }
 
 // The scores' maximum, and the sum of exp(score - max): their logsumexp in two parts.
+template <class R>
 struct LogSumExp {
-  double max, sum;
-  TOPN_INLINE double value() const { return max + std::log(sum); }
+  R max, sum;
 };
+TOPN_INLINE double value_of(const LogSumExp<float>& lse) { return double(lse.max) + std::log(double(lse.sum)); }
+TOPN_INLINE double value_of(const LogSumExp<double>& lse) { return lse.max + std::log(lse.sum); }
 
 // SPEC step 4, in place: scores become gates. Returns the logsumexp of the scores.
 template <class Lanes, class Row>
-TOPN_INLINE LogSumExp softmax(const Lanes& lanes, Row&& s) {
+TOPN_INLINE LogSumExp<typename Lanes::R> softmax(const Lanes& lanes, Row&& s) {
   using V = typename Lanes::V;
   using R = typename Lanes::R;
   V highest = s[0];
   TOPN_UNROLL_BY(Lanes::unroll)
   for (int i = 1; i < lanes.count; ++i) highest = s[i] > highest ? s[i] : highest;
   const R max = lanes.max(highest);
-  V total{};
+  V total[Lanes::sums] = {};
   TOPN_UNROLL_BY(Lanes::unroll)
   for (int i = 0; i < lanes.count; ++i) {
     s[i] = exp_below(s[i], max);
-    total += s[i];
+    total[i % Lanes::sums] += s[i];
   }
-  const R sum = lanes.sum(total);
-  const R scale = R(1) / sum;
+  for (int i = 1; i < Lanes::sums; ++i) total[0] += total[i];
+  const R sum = lanes.sum(total[0]);
+  const R scale = (R{} + 1.0f) / sum;
   TOPN_UNROLL_BY(Lanes::unroll)
   for (int i = 0; i < lanes.count; ++i) s[i] *= scale;
-  return {double(max), double(sum)};
-}
-
-// SPEC step 5: the experts of the top_n highest keys, ties to the lower index. Uses up the keys.
-template <class Lanes, class Keys, class Chosen>
-TOPN_INLINE void stable_topn(const Lanes& lanes, Keys&& keys, int top_n, const Chosen& chosen) {
-  using Key = typename Lanes::Key;
-  using Int = typename Lanes::Int;
-  for (int k = 0; k < top_n; ++k) {
-    Key best = keys[0];
-    Key where = lanes.index(0);
-    TOPN_UNROLL_BY(Lanes::unroll)
-    for (int i = 1; i < lanes.count; ++i) {
-      const auto higher = keys[i] > best;
-      best = higher ? keys[i] : best;
-      where = higher ? lanes.index(i) : where;
-    }
-    const Int top = lanes.max(best);
-    const Int expert = lanes.min(best == top ? where : Key{} + std::numeric_limits<Int>::max());
-    lanes.drop(keys, int(expert));
-    chosen(k, int(expert));
-  }
+  return {max, sum};
 }
 
 // Soft top-n by coordinate descent (SPEC; arXiv 1502.04759), on q = exp(p / ε).
@@ -108,21 +91,21 @@ TOPN_INLINE void stable_topn(const Lanes& lanes, Keys&& keys, int top_n, const C
 // With A = exp(-a / ε) one iteration, a = ε (log K - logsumexp((p + b) / ε)) and b = -relu(p + a), is
 // A' = Σ min(q, A) / K, since p + b = min(p, -a); the start b = -p makes the first A = e / K. The result is
 // min(q / A, 1).
+template <class R>
 struct SoftTopN {
   static constexpr int iterations = 20;
   static constexpr double epsilon = 0.1;
   double k;
-  double cap[iterations];  // A after each iteration
+  R cap[iterations];  // A after each iteration
 
   // Makes q of the gates p, in place.
   template <class Lanes, class Row>
   TOPN_INLINE SoftTopN(const Lanes& lanes, int experts, int top_n, Row&& p) {
     using V = typename Lanes::V;
-    static_assert(sizeof(typename Lanes::R) == sizeof(double), "the soft top-n is computed in double");
     k = top_n * 9.0 / 8.0 < experts ? top_n * 9.0 / 8.0 : experts;
     TOPN_UNROLL_BY(Lanes::unroll)
     for (int i = 0; i < lanes.count; ++i) p[i] = lanes.real(i) ? exp_value(V(p[i] / epsilon), V{}) : V{};
-    cap[0] = experts / k;
+    cap[0] = R{} + experts / k;
     for (int t = 1; t < iterations; ++t) {
       const V least = V{} + cap[t - 1];
       V total{};
@@ -132,7 +115,7 @@ struct SoftTopN {
     }
   }
 
-  TOPN_INLINE double score(double q) const { return q > cap[iterations - 1] ? 1.0 : q / cap[iterations - 1]; }
+  TOPN_INLINE R score(R q) const { return q > cap[iterations - 1] ? R{} + 1.0 : q / cap[iterations - 1]; }
 
   // The gradient of p, where q = exp(p / ε), from the chosen experts expert(j) and the gradients grad(j) of their scores.
   template <class Lanes, class Row, class Expert, class Grad>
@@ -141,18 +124,17 @@ struct SoftTopN {
     using V = typename Lanes::V;
     TOPN_UNROLL_BY(Lanes::unroll)
     for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
-    double grad_log_cap = 0;
+    R grad_log_cap{};
     for (int j = 0; j < top_n; ++j) {
-      const int chosen = expert(j);
-      const double value = lanes.at(q, chosen);
-      if (value > cap[iterations - 1]) continue;
-      const double term = grad(j) * score(value);
+      const auto chosen = expert(j);
+      const R value = lanes.at(q, chosen);
+      const R term = value > cap[iterations - 1] ? R{} : grad(j) * score(value);
       lanes.add(grad_p, chosen, term);
       grad_log_cap -= term;
     }
     for (int t = iterations - 1; t > 0; --t) {
       const V least = V{} + cap[t - 1];
-      const double scale = grad_log_cap / (k * cap[t]);
+      const R scale = grad_log_cap / (k * cap[t]);
       V capped{};
       TOPN_UNROLL_BY(Lanes::unroll)
       for (int i = 0; i < lanes.count; ++i) {

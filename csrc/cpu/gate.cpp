@@ -1,7 +1,7 @@
-// SPEC steps 3 to 6 and 10 on the CPU: a token at a time, its row in the first-level cache.
+// SPEC steps 3 to 6 and 10 on the CPU: as many tokens at a time as a vector has lanes, their rows in the first-level cache.
 #include "cpu/parallel.h"
-#include "cpu/token.h"
-#include "cpu/workspace.h"
+#include "cpu/tokens.h"
+#include "cpu/topn.h"
 
 namespace TOPN_NAMESPACE {
 namespace {
@@ -16,85 +16,96 @@ struct TileSums {
       : importance(static_cast<double*>(workspace) + tile * experts),
         z_loss(static_cast<double*>(workspace) + tiles * experts + tile),
         top_count(reinterpret_cast<int32_t*>(static_cast<double*>(workspace) + tiles * (experts + 1)) + tile * experts) {}
-
-  void clear(int64_t experts) const {
-    std::fill_n(importance, experts, 0.0);
-    std::fill_n(top_count, experts, 0);
-    *z_loss = 0;
-  }
 };
-
-void add_to(double* sums, const Doubles* row, int experts) {
-  constexpr int w = width<double>;
-  int j = 0;
-  for (; j + w <= experts; j += w) store(sums + j, load<Doubles>(sums + j) + row[j / w]);
-  for (; j < experts; ++j) sums[j] += row[j / w][j % w];
-}
-
-void add_to(double* sums, const Floats* row, int experts) {
-  constexpr int w = width<float>;
-  using Wide = Vector<double, w>;
-  int j = 0;
-  for (; j + w <= experts; j += w) {
-    store(sums + j, load<Wide>(sums + j) + __builtin_convertvector(row[j / w], Wide));
-  }
-  for (; j < experts; ++j) sums[j] += double(row[j / w][j % w]);
-}
 
 // SPEC step 6, in place: v_k to w_k.
 template <class R>
-void normalise(R* v, int64_t top_n, double eps) {
+TOPN_INLINE void normalise(Vector<R>* v, int64_t top_n, double eps) {
   if (top_n == 1) return;
-  double sum = 0;
-  for (int64_t k = 0; k < top_n; ++k) sum += double(v[k]);
-  const R denominator = R(sum < eps ? eps : sum);
-  for (int64_t k = 0; k < top_n; ++k) v[k] /= denominator;
+  Wide<R> sum{};
+  for (int64_t k = 0; k < top_n; ++k) sum += Wide<R>::of(v[k]);
+  const auto denominator = Wide<R>::map([&](int i) { return sum.part[i] < eps ? Doubles{} + eps : sum.part[i]; });
+  const Vector<R> rounded = denominator.rounded();
+  for (int64_t k = 0; k < top_n; ++k) v[k] /= rounded;
 }
 
 template <class R, class T>
-void gate_tokens(const Gate& a, int64_t tiles_of_group, int64_t begin, int64_t end) {
-  using Real = RealOf<T>;
-  Row<R, T> row(a.experts);
-  auto& lanes = row.lanes;
-  Scratch<typename CpuLanes<R>::Key> keys(lanes.count);
-  Scratch<R> v(a.top_n);
-  const int64_t tiles = a.groups * tiles_of_group;
+class TileGating {
+ public:
+  explicit TileGating(const Gate& args)
+      : a_(args), tokens_(args), keys_(a_.top_n), expert_(a_.top_n), v_(a_.top_n), importance_(a_.losses ? a_.experts : 0) {}
 
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t group = tile / tiles_of_group;
-    const int64_t first = tile % tiles_of_group * kGateTile;
-    const int64_t last = std::min(a.tokens, first + kGateTile);
-    const TileSums sums(a.workspace, tiles, a.experts, tile);
-    if (a.losses) sums.clear(a.experts);
-
-    for (int64_t token = group * a.tokens + first; token < group * a.tokens + last; ++token) {
-      row.read(a.logits, a.noise, a.noise_mult, token);
-      for (int i = 0; i < lanes.count; ++i) keys[i] = score_key<CpuLanes<R>>(row.s[i]);
-      for (int64_t j = lanes.experts; j < lanes.count * lanes.w; ++j) lanes.drop(keys, int(j));
-      LogSumExp lse = softmax(lanes, static_cast<typename CpuLanes<R>::V*>(row.s));
-
-      int32_t* expert = a.expert + token * a.top_n;
-      stable_topn(lanes, static_cast<typename CpuLanes<R>::Key*>(keys), int(a.top_n), [&](int k, int chosen) {
-        expert[k] = chosen;
-        v[k] = lanes.at(row.s, chosen);
-      });
-      if (a.losses && (a.padding_mask == nullptr || a.padding_mask[token])) {
-        add_to(sums.importance, row.s, lanes.experts);
-        sums.top_count[expert[0]] += 1;
-        if (a.noise != nullptr) lse = softmax(lanes, static_cast<typename CpuLanes<R>::V*>(row.z));
-        *sums.z_loss += lse.value() * lse.value();
-      }
-      if constexpr (std::is_same_v<R, double>) {
-        if (a.soft) {
-          const SoftTopN soft(lanes, lanes.experts, int(a.top_n), static_cast<Doubles*>(row.s));
-          for (int64_t k = 0; k < a.top_n; ++k) v[k] = soft.score(lanes.at(row.s, expert[k]));
-        }
-      }
-      normalise(static_cast<R*>(v), a.top_n, a.eps);
-      Real* weight = static_cast<Real*>(a.weight) + token * a.top_n;
-      for (int64_t k = 0; k < a.top_n; ++k) weight[k] = Real(v[k]);
+  void run(const GateTile& tile, const TileSums& sums) {
+    if (a_.losses) {
+      std::fill_n(static_cast<Wide<R>*>(importance_), a_.experts, Wide<R>{});
+      std::fill_n(sums.top_count, a_.experts, 0);
+      z_loss_ = {};
+    }
+    for (int64_t token = tile.first; token < tile.last; token += Lanes::w) {
+      tokens_.take(token, tile.last);
+      gate(sums.top_count);
+    }
+    if (a_.losses) {
+      for (int64_t e = 0; e < a_.experts; ++e) sums.importance[e] = importance_[e].sum();
+      *sums.z_loss = z_loss_.sum();
     }
   }
+
+ private:
+  using V = Vector<R>;
+  using Lanes = TokenLanes<R>;
+  using Key = typename Lanes::Key;
+  using Real = RealOf<T>;
+
+  void gate(int32_t* top_count) {
+    const Lanes& lanes = tokens_.lanes;
+    V* s = tokens_.s;
+    tokens_.read_scores();
+    stable_topn(lanes, s, int(a_.top_n), keys_, expert_);
+    const LogSumExp<V> lse = softmax(lanes, s);
+    if (a_.losses) add_to_losses(lse, top_count);
+    if constexpr (std::is_same_v<R, double>) {
+      if (a_.soft) {
+        const SoftTopN<V> soft(lanes, lanes.experts, int(a_.top_n), s);
+        for (int64_t k = 0; k < a_.top_n; ++k) v_[k] = soft.score(lanes.at(s, expert_[k]));
+      }
+    }
+    if (!a_.soft) {
+      for (int64_t k = 0; k < a_.top_n; ++k) v_[k] = lanes.at(s, expert_[k]);
+    }
+    normalise<R>(v_, a_.top_n, a_.eps);
+    for (int l = 0; l < tokens_.count; ++l) {
+      const int64_t pairs = (tokens_.first + l) * a_.top_n;
+      for (int64_t k = 0; k < a_.top_n; ++k) {
+        static_cast<Real*>(a_.weight)[pairs + k] = Real(v_[k][l]);
+        a_.expert[pairs + k] = int32_t(expert_[k][l]);
+      }
+    }
+  }
+
+  void add_to_losses(LogSumExp<V> lse, int32_t* top_count) {
+    const Key real = tokens_.real();
+    for (int i = 0; i < tokens_.lanes.count; ++i) importance_[i] += Wide<R>::of(masked(real, tokens_.s[i]));
+    for (int l = 0; l < tokens_.count; ++l) top_count[expert_[0][l]] -= int32_t(real[l]);
+    if (a_.noise != nullptr) lse = softmax(tokens_.lanes, static_cast<V*>(tokens_.z));
+    // exp(0) alone adds nothing: log 1 is 0.
+    const auto value = value_of<R>({masked(real, lse.max), real ? lse.sum : V{} + 1.0f});
+    z_loss_ += Wide<R>::map([&](int i) { return value.part[i] * value.part[i]; });
+  }
+
+  const Gate& a_;
+  Tokens<R, T, Gate> tokens_;
+  Scratch<Key> keys_, expert_;  // (k)
+  Scratch<V> v_;                // (k)
+  Scratch<Wide<R>> importance_;  // (e)
+  Wide<R> z_loss_;
+};
+
+template <class R, class T>
+void gate_tokens(const Gate& a, int64_t begin, int64_t end) {
+  TileGating<R, T> gating(a);
+  const int64_t tiles = a.groups * gate_tiles(a.tokens);
+  for (int64_t tile = begin; tile < end; ++tile) gating.run(GateTile(a, tile), TileSums(a.workspace, tiles, a.experts, tile));
 }
 
 // Adds a group's tiles up, in order.
@@ -155,7 +166,7 @@ void gate(const Gate& a, ParallelFor parallel_for) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Real = RealOf<T>;
     parallel(parallel_for, a.groups * tiles_of_group, kGateTile * a.experts, [&](int64_t begin, int64_t end) {
-      a.soft ? gate_tokens<double, T>(a, tiles_of_group, begin, end) : gate_tokens<Real, T>(a, tiles_of_group, begin, end);
+      a.soft ? gate_tokens<double, T>(a, begin, end) : gate_tokens<Real, T>(a, begin, end);
     });
     gate_losses<Real>(a, tiles_of_group, parallel_for);
   });

@@ -1,7 +1,7 @@
 // Gradients of SPEC steps 4 to 6 and 10 on the CPU: the gates of each token are computed again, which costs less than
 // to keep them.
 #include "cpu/parallel.h"
-#include "cpu/token.h"
+#include "cpu/tokens.h"
 
 namespace TOPN_NAMESPACE {
 namespace {
@@ -15,119 +15,142 @@ double real_tokens(const GateBackward& a, int64_t first, int64_t last) {
 }
 
 template <class R, class T>
-struct Gradient {
-  using V = Vector<R>;
-  using Real = RealOf<T>;
-  const GateBackward& a;
-  double z_scale;  // 2 · grad_router_z_loss / real tokens
-  Row<R, T> row;
-  Scratch<V> importance, grad_p;
-  Scratch<R> v, grad_v;
-  Scratch<int32_t> expert;  // of the token
+class TileGradient {
+ public:
+  TileGradient(const GateBackward& args, double z_scale)
+      : a_(args), z_scale_(z_scale), tokens_(args), importance_(a_.experts), grad_p_(a_.experts + Lanes::w),
+        q_(a_.soft ? a_.experts : 0), v_(a_.top_n), grad_v_(a_.top_n), expert_(a_.top_n) {}
 
-  Gradient(const GateBackward& args, double z)
-      : a(args), z_scale(z), row(args.experts), importance(row.lanes.count), grad_p(row.lanes.count), v(args.top_n),
-        grad_v(args.top_n), expert(args.top_n) {}
+  void run(const GateTile& tile) {
+    if (tile.group != group_) start_group(tile.group);
+    for (int64_t token = tile.first; token < tile.last; token += Lanes::w) {
+      tokens_.take(token, tile.last);
+      differentiate();
+    }
+  }
+
+ private:
+  using V = Vector<R>;
+  using Lanes = TokenLanes<R>;
+  using Key = typename Lanes::Key;
+  using Real = RealOf<T>;
 
   // The gradient that every real token of the group gets at its gates, from the two sums over tokens.
   void start_group(int64_t group) {
-    auto& lanes = row.lanes;
-    const int32_t* top_count = a.top_count + group * a.experts;
-    const double share = 1.0 / real_tokens(a, group, group + 1);
-    const double balance = a.grad_balance_loss == nullptr
-                               ? 0.0
-                               : double(*static_cast<const Real*>(a.grad_balance_loss)) * double(a.experts) / double(a.groups);
-    for (int i = 0; i < lanes.count; ++i) importance[i] = V{};
-    for (int e = 0; e < lanes.experts; ++e) {
+    group_ = group;
+    const int32_t* top_count = a_.top_count + group * a_.experts;
+    const double share = 1.0 / real_tokens(a_, group, group + 1);
+    const double balance = a_.grad_balance_loss == nullptr ? 0.0
+                                                           : double(*static_cast<const Real*>(a_.grad_balance_loss)) *
+                                                                 double(a_.experts) / double(a_.groups);
+    for (int64_t e = 0; e < a_.experts; ++e) {
       double sum = balance * (top_count[e] * share);
-      if (a.grad_importance != nullptr) sum += double(static_cast<const Real*>(a.grad_importance)[group * a.experts + e]);
-      lanes.add(importance, e, R(sum * share));
+      if (a_.grad_importance != nullptr) sum += double(static_cast<const Real*>(a_.grad_importance)[group * a_.experts + e]);
+      importance_[e] = R(sum * share);
     }
   }
 
-  // Of w_k = v_k / max(Σ v, eps) for v.
-  void weights(const Real* grad_w) {
-    if (a.top_n == 1) {
-      grad_v[0] = R(grad_w[0]);
-      return;
-    }
-    double sum = 0, dot = 0;
-    for (int64_t k = 0; k < a.top_n; ++k) sum += double(v[k]);
-    const bool clamped = sum < a.eps;
-    const double denominator = clamped ? a.eps : sum;
-    if (!clamped) {
-      for (int64_t k = 0; k < a.top_n; ++k) dot += double(grad_w[k]) * (double(v[k]) / denominator);
-    }
-    for (int64_t k = 0; k < a.top_n; ++k) grad_v[k] = R((double(grad_w[k]) - dot) / denominator);
-  }
-
-  // Indices made up by a caller stay inside the row.
-  void read_experts(int64_t token) {
-    const int32_t* given = a.expert + token * a.top_n;
-    for (int64_t k = 0; k < a.top_n; ++k) expert[k] = given[k] >= 0 && given[k] < a.experts ? given[k] : 0;
-  }
-
-  void through_soft(const Real* grad_w) {
-    if constexpr (std::is_same_v<R, double>) {
-      auto& lanes = row.lanes;
-      Scratch<V> q(lanes.count);
-      std::memcpy(q, row.s, lanes.count * sizeof(V));
-      const SoftTopN soft(lanes, lanes.experts, int(a.top_n), static_cast<V*>(q));
-      for (int64_t k = 0; k < a.top_n; ++k) v[k] = soft.score(lanes.at(q, expert[k]));
-      weights(grad_w);
-      soft.backward(lanes, static_cast<V*>(q), int(a.top_n), [&](int j) { return expert[j]; },
-                    [&](int j) { return grad_v[j]; }, static_cast<V*>(grad_p));
-    }
-  }
-
-  void through_gates(const Real* grad_w) {
-    auto& lanes = row.lanes;
+  void differentiate() {
+    const Lanes& lanes = tokens_.lanes;
+    T* grad_logits = static_cast<T*>(a_.grad_logits) + tokens_.first * a_.experts;
+    const Key real = tokens_.real(), active = real | read_pairs();
+    V *s = tokens_.s, *grad_p = grad_p_;
+    tokens_.read_scores();
+    LogSumExp<V> lse = softmax(lanes, s);
     for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
-    for (int64_t k = 0; k < a.top_n; ++k) v[k] = lanes.at(row.s, expert[k]);
-    weights(grad_w);
-    for (int64_t k = 0; k < a.top_n; ++k) lanes.add(grad_p, expert[k], grad_v[k]);
+    if (a_.grad_weight != nullptr) a_.soft ? through_soft() : through_gates();
+    V dot{};
+    for (int i = 0; i < lanes.count; ++i) {
+      grad_p[i] += masked(real, V{} + importance_[i]);
+      dot += s[i] * grad_p[i];
+    }
+    for (int i = 0; i < lanes.count; ++i) grad_p[i] = s[i] * (grad_p[i] - dot);
+    if (z_scale_ != 0) {
+      const V* gates = s;
+      if (a_.noise != nullptr) {
+        lse = softmax(lanes, static_cast<V*>(tokens_.z));
+        gates = tokens_.z;
+      }
+      const auto value = value_of<R>(lse);
+      const V scale = masked(real, Wide<R>::map([&](int i) { return z_scale_ * value.part[i]; }).rounded());
+      for (int i = 0; i < lanes.count; ++i) grad_p[i] += masked(real, scale * gates[i]);
+    }
+    // Whatever the padding holds, NaN too.
+    for (int i = 0; i < lanes.count; ++i) grad_p[i] = masked(active, grad_p[i]);
+    store_columns<R>(grad_p, tokens_.count, lanes.experts, grad_logits);
   }
 
-  void token(int64_t token) {
-    auto& lanes = row.lanes;
-    T* grad = static_cast<T*>(a.grad_logits) + token * a.experts;
-    const bool real = a.padding_mask == nullptr || a.padding_mask[token];
-    const Real* grad_w = a.grad_weight == nullptr ? nullptr : static_cast<const Real*>(a.grad_weight) + token * a.top_n;
-    if (!real && (grad_w == nullptr || std::all_of(grad_w, grad_w + a.top_n, [](Real g) { return g == 0; }))) {
-      std::memset(grad, 0, a.experts * sizeof(T));  // whatever the padding holds, NaN too
-      return;
+  // The tokens' experts, and the gradients of their weights. Returns the lanes where one of these is not 0.
+  Key read_pairs() {
+    Key any{};
+    if (a_.grad_weight == nullptr) return any;
+    for (int l = 0; l < Lanes::w; ++l) {
+      const int64_t pairs = (tokens_.first + std::min(l, tokens_.count - 1)) * a_.top_n;
+      for (int64_t k = 0; k < a_.top_n; ++k) {
+        const int32_t given = a_.expert[pairs + k];
+        // Indices made up by a caller stay inside the row.
+        expert_[k][l] = given >= 0 && given < a_.experts ? given : 0;
+        grad_v_[k][l] = R(static_cast<const Real*>(a_.grad_weight)[pairs + k]);
+      }
     }
-    row.read(a.logits, a.noise, a.noise_mult, token);
-    softmax(lanes, static_cast<V*>(row.s));
-    if (grad_w != nullptr) {
-      read_experts(token);
-      a.soft ? through_soft(grad_w) : through_gates(grad_w);
-    } else {
-      for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
-    }
-    if (real) {
-      for (int i = 0; i < lanes.count; ++i) grad_p[i] += importance[i];
-    }
-    V dot{};
-    for (int i = 0; i < lanes.count; ++i) dot += row.s[i] * grad_p[i];
-    const R mean = lanes.sum(dot);
-    for (int i = 0; i < lanes.count; ++i) grad_p[i] = row.s[i] * (grad_p[i] - mean);
-    if (real && z_scale != 0) {
-      const LogSumExp lse = softmax(lanes, static_cast<V*>(row.z));
-      const R scale = R(z_scale * lse.value());
-      for (int i = 0; i < lanes.count; ++i) grad_p[i] += scale * row.z[i];
-    }
-    store_row<R>(grad, lanes.experts, static_cast<const V*>(grad_p));
+    for (int64_t k = 0; k < a_.top_n; ++k) any |= grad_v_[k] != R(0);
+    return any;
   }
+
+  // In place: of w_k = v_k / max(Σ v, eps) to that of v.
+  void through_weights() {
+    if (a_.top_n == 1) return;
+    Wide<R> sum{}, dot{};
+    for (int64_t k = 0; k < a_.top_n; ++k) {
+      const auto v = Wide<R>::of(v_[k]), grad = Wide<R>::of(grad_v_[k]);
+      sum += v;
+      dot += Wide<R>::map([&](int i) { return grad.part[i] * v.part[i]; });
+    }
+    const Doubles eps = Doubles{} + a_.eps;
+    for (int64_t k = 0; k < a_.top_n; ++k) {
+      const auto grad = Wide<R>::of(grad_v_[k]);
+      grad_v_[k] = Wide<R>::map([&](int i) {
+                     const auto clamped = sum.part[i] < eps;
+                     const Doubles off = clamped ? Doubles{} : dot.part[i] / sum.part[i];
+                     return (grad.part[i] - off) / (clamped ? eps : sum.part[i]);
+                   }).rounded();
+    }
+  }
+
+  void through_gates() {
+    const Lanes& lanes = tokens_.lanes;
+    for (int64_t k = 0; k < a_.top_n; ++k) v_[k] = lanes.at(tokens_.s, expert_[k]);
+    through_weights();
+    for (int64_t k = 0; k < a_.top_n; ++k) lanes.add(grad_p_, expert_[k], grad_v_[k]);
+  }
+
+  void through_soft() {
+    if constexpr (std::is_same_v<R, double>) {
+      const Lanes& lanes = tokens_.lanes;
+      V *q = q_, *grad_p = grad_p_;
+      std::memcpy(q, tokens_.s, lanes.count * sizeof(V));
+      const SoftTopN<V> soft(lanes, lanes.experts, int(a_.top_n), q);
+      for (int64_t k = 0; k < a_.top_n; ++k) v_[k] = soft.score(lanes.at(q, expert_[k]));
+      through_weights();
+      soft.backward(lanes, q, int(a_.top_n), [&](int j) { return expert_[j]; }, [&](int j) { return grad_v_[j]; },
+                    grad_p);
+    }
+  }
+
+  const GateBackward& a_;
+  double z_scale_;  // 2 · grad_router_z_loss / real tokens
+  Tokens<R, T, GateBackward> tokens_;
+  int64_t group_ = -1;
+  Scratch<R> importance_;  // (e)
+  Scratch<V> grad_p_, q_;  // (e)
+  Scratch<V> v_, grad_v_;  // (k)
+  Scratch<Key> expert_;    // (k)
 };
 
 template <class R, class T>
-void gate_backward_tokens(const GateBackward& a, double z_scale, int64_t begin, int64_t end) {
-  Gradient<R, T> gradient(a, z_scale);
-  for (int64_t token = begin; token < end; ++token) {
-    if (token == begin || token % a.tokens == 0) gradient.start_group(token / a.tokens);
-    gradient.token(token);
-  }
+void gradient_tokens(const GateBackward& a, double z_scale, int64_t begin, int64_t end) {
+  TileGradient<R, T> gradient(a, z_scale);
+  for (int64_t tile = begin; tile < end; ++tile) gradient.run(GateTile(a, tile));
 }
 
 // Of each token's logsumexp: 2 · grad_router_z_loss / real tokens.
@@ -143,9 +166,8 @@ void gate_backward(const GateBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const double z_scale = z_loss_scale<RealOf<T>>(a);
-    parallel(parallel_for, a.groups * a.tokens, a.experts, [&](int64_t begin, int64_t end) {
-      a.soft ? gate_backward_tokens<double, T>(a, z_scale, begin, end)
-             : gate_backward_tokens<RealOf<T>, T>(a, z_scale, begin, end);
+    parallel(parallel_for, a.groups * gate_tiles(a.tokens), kGateTile * a.experts, [&](int64_t begin, int64_t end) {
+      a.soft ? gradient_tokens<double, T>(a, z_scale, begin, end) : gradient_tokens<RealOf<T>, T>(a, z_scale, begin, end);
     });
   });
 }

@@ -1,4 +1,4 @@
-// Element types of tensors, and rows of them to and from the type they are computed in.
+// Element types of tensors, and their elements to and from the type they are computed in.
 #pragma once
 
 #include "cpu/simd.h"
@@ -82,49 +82,6 @@ TOPN_INLINE void store_one(T* p, RealOf<T> value) {
     T padded[width<float>];
     store_real(padded, Floats{} + value);
     *p = padded[0];
-  }
-}
-
-// A row of `size` elements as vectors of R; entries past the end hold `rest`.
-template <class R, class T>
-TOPN_INLINE void load_row(const T* p, int size, R rest, Vector<R>* to) {
-  using Own = RealOf<T>;
-  constexpr int own = width<Own>;
-  if constexpr (std::is_same_v<R, Own>) {
-    int i = 0;
-    for (; i + own <= size; i += own) *to++ = load_real(p + i);
-    if (i < size) {
-      Vector<R> last = Vector<R>{} + rest;
-      for (int j = 0; i + j < size; ++j) last[j] = load_one(p + i + j);
-      *to = last;
-    }
-  } else {
-    constexpr int w = width<R>;
-    int i = 0;
-    for (; i + own <= size; i += own) {
-      const auto wide = __builtin_convertvector(load_real(p + i), Vector<R, own>);
-      std::memcpy(to + i / w, &wide, sizeof wide);
-    }
-    for (; i < size; i += w) {
-      Vector<R> v = Vector<R>{} + rest;
-      for (int j = 0; j < w && i + j < size; ++j) v[j] = load_one(p + i + j);
-      to[i / w] = v;
-    }
-  }
-}
-
-// The first `size` values of a row.
-template <class R, class T>
-TOPN_INLINE void store_row(T* p, int size, const Vector<R>* from) {
-  using Own = RealOf<T>;
-  constexpr int w = width<R>;
-  int i = 0;
-  if constexpr (std::is_same_v<R, Own>) {
-    for (; i + w <= size; i += w) store_real(p + i, *from++);
-  }
-  for (; i < size; ++i) {
-    store_one(p + i, Own((*from)[i % w]));
-    if (i % w == w - 1) ++from;
   }
 }
 

@@ -86,7 +86,7 @@ RealOf<T> dot(const T* a, const T* b, int64_t dim) {
   for (; j + w <= dim; j += w) total[0] += load_real(a + j) * load_real(b + j);
   R rest = 0;
   for (; j < dim; ++j) rest += load_one(a + j) * load_one(b + j);
-  return CpuLanes<R>(1).sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
+  return sum_lanes((total[0] + total[1]) + (total[2] + total[3])) + rest;
 }
 
 // out[j] = scale * row[j].

@@ -68,53 +68,87 @@ inline Doubles log_value(Doubles u) {
 
 namespace TOPN_NAMESPACE {
 
+// Σ of a vector's lanes: halves it until one is left.
+template <class V>
+TOPN_INLINE auto sum_lanes(V v) {
+  using T = std::remove_reference_t<decltype(v[0])>;
+  constexpr int half = int(sizeof v / sizeof v[0]) / 2;
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    Vector<T, half> low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes(low + high);
+  }
+}
+
+// A vector of R in double, in as many vectors as that takes.
+template <class R>
+struct Wide {
+  static constexpr int parts = int(sizeof(double) / sizeof(R));
+  Doubles part[parts];
+
+  static TOPN_INLINE Wide of(Vector<R> v) {
+    Wide wide;
+    for (int i = 0; i < parts; ++i) {
+      Vector<R, width<double>> some;
+      std::memcpy(&some, reinterpret_cast<const char*>(&v) + i * sizeof some, sizeof some);
+      wide.part[i] = __builtin_convertvector(some, Doubles);
+    }
+    return wide;
+  }
+  TOPN_INLINE Vector<R> rounded() const {
+    Vector<R> v;
+    for (int i = 0; i < parts; ++i) {
+      const auto some = __builtin_convertvector(part[i], Vector<R, width<double>>);
+      std::memcpy(reinterpret_cast<char*>(&v) + i * sizeof some, &some, sizeof some);
+    }
+    return v;
+  }
+  template <class F>
+  static TOPN_INLINE Wide map(const F& f) {  // part i is f(i)
+    Wide wide;
+    for (int i = 0; i < parts; ++i) wide.part[i] = f(i);
+    return wide;
+  }
+  TOPN_INLINE void operator+=(const Wide& other) {
+    for (int i = 0; i < parts; ++i) part[i] += other.part[i];
+  }
+  TOPN_INLINE double sum() const {
+    Doubles total = part[0];
+    for (int i = 1; i < parts; ++i) total += part[i];
+    return sum_lanes(total);
+  }
+};
+
+// The lanes of row.h on the CPU: each lane has a token, and value i of a row is expert i of them all. So nothing is reduced
+// across lanes, and what row.h calls one number of a token is a vector, too.
 template <class Real>
-struct CpuLanes {
-  using R = Real;
-  using Int = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
-  using V = Vector<R>;
+struct TokenLanes {
+  using V = Vector<Real>;
+  using R = V;
+  using Int = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
   using Key = Vector<Int>;
-  static constexpr int w = width<R>;
+  static constexpr int w = width<Real>;
+  static constexpr int unroll = 1, sums = 8;
 
   int experts;
   int count;
 
-  explicit CpuLanes(int64_t e) : experts(int(e)), count(int((e + w - 1) / w)) {}
+  explicit TokenLanes(int64_t e) : experts(int(e)), count(int(e)) {}
 
-  TOPN_INLINE Key index(int i) const {
-    Key first;
-    for (int j = 0; j < w; ++j) first[j] = j;
-    return first + Int(i * w);
+  TOPN_INLINE bool real(int) const { return true; }
+  TOPN_INLINE R max(V v) const { return v; }
+  TOPN_INLINE R sum(V v) const { return v; }
+  TOPN_INLINE R at(const V* row, Key expert) const {
+    R value;
+    for (int l = 0; l < w; ++l) value[l] = row[expert[l]][l];
+    return value;
   }
-  TOPN_INLINE Key real(int i) const { return index(i) < Int(experts); }
-
-  // Halves the vector until one lane is left.
-  template <class T, int N, class F>
-  static TOPN_INLINE T reduce(Vector<T, N> v, F f) {
-    if constexpr (N == 1) {
-      return v[0];
-    } else {
-      Vector<T, N / 2> low, high;
-      std::memcpy(&low, &v, sizeof low);
-      std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-      return reduce<T, N / 2>(f(low, high), f);
-    }
+  TOPN_INLINE void add(V* row, Key expert, R value) const {
+    for (int l = 0; l < w; ++l) row[expert[l]][l] += value[l];
   }
-  TOPN_INLINE R max(V v) const {
-    return reduce<R, w>(v, [](auto a, auto b) { return a > b ? a : b; });
-  }
-  TOPN_INLINE R sum(V v) const {
-    return reduce<R, w>(v, [](auto a, auto b) { return a + b; });
-  }
-  TOPN_INLINE Int max(Key v) const {
-    return reduce<Int, w>(v, [](auto a, auto b) { return a > b ? a : b; });
-  }
-  TOPN_INLINE Int min(Key v) const {
-    return reduce<Int, w>(v, [](auto a, auto b) { return a < b ? a : b; });
-  }
-  TOPN_INLINE R at(const V* v, int j) const { return v[j / w][j % w]; }
-  TOPN_INLINE void add(V* v, int j, R value) const { v[j / w][j % w] += value; }
-  TOPN_INLINE void drop(Key* keys, int j) const { keys[j / w][j % w] = std::numeric_limits<Int>::min(); }
 };
 
 }  // namespace TOPN_NAMESPACE

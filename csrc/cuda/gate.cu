@@ -23,15 +23,17 @@ struct Chosen {
       : expert(a.expert + token * a.top_n), weight(static_cast<RealOf<T>*>(a.weight) + token * a.top_n) {}
 };
 
+template <class R>
 struct FirstExpert {
   int expert;
-  LogSumExp lse;
+  LogSumExp<R> lse;
 };
 
 // SPEC steps 4 to 6 of a row in registers: scores become gates; rank k goes to the row's thread k % width, which writes it.
 template <class KeyOf, class T, class Lanes>
-__device__ __forceinline__ FirstExpert choose_sorted(const Gate& a, const Lanes& lanes,
-                                                     typename Lanes::template Row<float>& s, bool live, int64_t token) {
+__device__ __forceinline__ FirstExpert<float> choose_sorted(const Gate& a, const Lanes& lanes,
+                                                            typename Lanes::template Row<float>& s, bool live,
+                                                            int64_t token) {
   using Key = typename KeyOf::Key;
   constexpr int ranks = parts(std::min(kRanks, Lanes::width * Lanes::count), Lanes::width);  // of a thread
   char* none = nullptr;
@@ -41,7 +43,7 @@ __device__ __forceinline__ FirstExpert choose_sorted(const Gate& a, const Lanes&
     keys[i] = lanes.real(i) ? KeyOf::template pack<Lanes>(s[i], lanes.index(i)) : std::numeric_limits<Key>::min();
   }
   sort_descending<0, Lanes::count>(keys);
-  const LogSumExp lse = softmax(lanes, s);
+  const auto lse = softmax(lanes, s);
 
   Values<Key, ranks> kept(none, ranks);
   int first = 0;
@@ -49,7 +51,7 @@ __device__ __forceinline__ FirstExpert choose_sorted(const Gate& a, const Lanes&
     if (k == 0) first = KeyOf::expert(key);
     if (lanes.thread == k % Lanes::width) kept.set(k / Lanes::width, key);
   });
-  const float max = float(lse.max), scale = 1.0f / float(lse.sum);
+  const float max = lse.max, scale = 1.0f / lse.sum;
   float v[ranks];
   double sum = 0;
   TOPN_UNROLL
@@ -71,17 +73,17 @@ __device__ __forceinline__ FirstExpert choose_sorted(const Gate& a, const Lanes&
   return {first, lse};
 }
 
-// The same for any row that a warp shares, by row.h's steps alone. Rank k is written, and later read, by thread k % 32.
+// The same for any row that a warp shares. Rank k is written, and later read, by thread k % 32.
 template <class T, class Lanes, class Keys>
-__device__ __forceinline__ FirstExpert choose(const Gate& a, const Lanes& lanes,
-                                              typename Lanes::template Row<typename Lanes::R>& s, Keys& keys, int64_t token,
-                                              double& sum) {
+__device__ __forceinline__ FirstExpert<typename Lanes::R> choose(const Gate& a, const Lanes& lanes,
+                                                                 typename Lanes::template Row<typename Lanes::R>& s,
+                                                                 Keys& keys, int64_t token, double& sum) {
   using R = typename Lanes::R;
   TOPN_UNROLL_BY(Lanes::unroll)
   for (int i = 0; i < lanes.count; ++i) {
     keys[i] = lanes.real(i) ? score_key<Lanes>(s[i]) : std::numeric_limits<typename Lanes::Key>::min();
   }
-  const LogSumExp lse = softmax(lanes, s);
+  const auto lse = softmax(lanes, s);
   const Chosen<T> to(a, token);
   int first = 0;
   stable_topn(lanes, keys, int(a.top_n), [&](int k, int expert) {
@@ -97,7 +99,7 @@ __device__ __forceinline__ FirstExpert choose(const Gate& a, const Lanes& lanes,
 template <class T, class Lanes>
 __device__ __forceinline__ double soften(const Gate& a, const Lanes& lanes, typename Lanes::template Row<double>& p,
                                          int64_t token) {
-  const SoftTopN soft(lanes, lanes.experts, int(a.top_n), p);
+  const SoftTopN<double> soft(lanes, lanes.experts, int(a.top_n), p);
   const Chosen<T> to(a, token);
   double sum = 0;
   for (int k = 0; k < a.top_n; ++k) {
@@ -125,7 +127,7 @@ __device__ __forceinline__ void gate_tile(const GateTask& task, int64_t index) {
   for (TokenRows<T, Lanes, Gate> rows(lanes, a, task.tiles, tile); rows.more();) {
     rows.take(s);
     const int64_t token = rows.token;
-    FirstExpert chosen;
+    FirstExpert<R> chosen;
     double sum = 0;
     if constexpr (!kSorted<Lanes>) {
       chosen = choose<T>(a, lanes, s, keys, token, sum);
@@ -140,7 +142,8 @@ __device__ __forceinline__ void gate_tile(const GateTask& task, int64_t index) {
         lanes.load(logits_of<T>(a, token), task.tiles.wide, z);
         chosen.lse = softmax(lanes, z);
       }
-      if (rows.live && (a.padding_mask == nullptr || a.padding_mask[token])) sums.add(s, chosen.expert, chosen.lse);
+      const bool real = a.padding_mask == nullptr || a.padding_mask[token];
+      if (rows.live && real) sums.add(s, chosen.expert, value_of(chosen.lse));
     }
     if constexpr (!kSorted<Lanes>) {
       if constexpr (std::is_same_v<R, double>) {

@@ -73,7 +73,7 @@ class Gradient {
   __device__ __forceinline__ void token(int64_t token, bool live) {
     const bool real = a_.padding_mask == nullptr || a_.padding_mask[token];
     const bool blank = a_.padding_mask != nullptr && !has_gradient(token) && !real;
-    LogSumExp lse = softmax(lanes, s);
+    auto lse = softmax(lanes, s);
     if (a_.grad_weight == nullptr) {
       clear(grad_p_);
     } else if constexpr (std::is_same_v<R, float>) {
@@ -97,7 +97,7 @@ class Gradient {
         lanes.load(logits_of<T>(a_, token), task_.tiles.wide, s);
         lse = softmax(lanes, s);
       }
-      const R scale = R(z_scale_ * lse.value());
+      const R scale = R(z_scale_ * value_of(lse));
       TOPN_UNROLL_BY(Lanes::unroll)
       for (int i = 0; i < lanes.count; ++i) grad_p_[i] += real ? scale * s[i] : R(0);
     }
@@ -159,7 +159,7 @@ class Gradient {
     if constexpr (std::is_same_v<R, double>) {
       TOPN_UNROLL_BY(Lanes::unroll)
       for (int i = 0; i < lanes.count; ++i) q_[i] = s[i];
-      const SoftTopN soft(lanes, lanes.experts, int(a_.top_n), q_);
+      const SoftTopN<double> soft(lanes, lanes.experts, int(a_.top_n), q_);
       const auto to_v = normalised(token, [&](int64_t k) { return soft.score(lanes.at(q_, expert(token, k))); });
       soft.backward(lanes, q_, int(a_.top_n), [&](int k) { return expert(token, k); },
                     [&](int k) { return to_v(grad_weight(token, k)); }, grad_p_);

@@ -51,13 +51,13 @@ class TileSums {
   }
 
   // A token's gates, its first expert, its logsumexp.
-  __device__ __forceinline__ void add(const typename Lanes::template Row<R>& p, int expert, const LogSumExp& lse) {
+  __device__ __forceinline__ void add(const typename Lanes::template Row<R>& p, int expert, double logsumexp) {
     TOPN_UNROLL
     for (int i = 0; i < Lanes::count; ++i) run_[i] += p[i];
     if (++run_length_ == kRun) fold();
     if (lanes_.thread == 0) {
       atomicAdd(&top_count_[expert], 1);
-      z_loss_ += lse.value() * lse.value();
+      z_loss_ += logsumexp * logsumexp;
     }
   }
 
@@ -133,12 +133,12 @@ class TileSums<WarpLanes<Real, int(kWarp), 0, 1>> {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void add(const Values<Real, 0>& p, int expert, const LogSumExp& lse) {
+  __device__ __forceinline__ void add(const Values<Real, 0>& p, int expert, double logsumexp) {
     for (int i = 0; i < lanes_.count; ++i) {
       if (lanes_.real(i)) importance_[lanes_.index(i)] += p[i];
     }
     if (lanes_.thread == 0) top_count_[expert] += 1;
-    z_loss_ += lse.value() * lse.value();
+    z_loss_ += logsumexp * logsumexp;
     real_ += 1;
   }
 

@@ -99,7 +99,7 @@ struct WarpLanes : ValueCount<Count> {
   template <class T>
   using Row = Values<T, Count>;
   static constexpr int width = Width;
-  static constexpr int unroll = Count > 0 ? Count : 1;
+  static constexpr int unroll = Count > 0 ? Count : 1, sums = 1;
   static constexpr R lowest = -std::numeric_limits<R>::infinity();
   static_assert(Count > 0 || (Width == int(kWarp) && Chunk == 1));
 

@@ -129,4 +129,25 @@ __device__ __forceinline__ void take_sorted(Keys& keys, int top_n, const Chosen&
   }
 }
 
+// The experts of the top_n highest keys, ties to the lower index, where keys and experts do not make one integer. Uses up
+// the keys.
+template <class Lanes, class Keys, class Chosen>
+__device__ __forceinline__ void stable_topn(const Lanes& lanes, Keys&& keys, int top_n, const Chosen& chosen) {
+  using Key = typename Lanes::Key;
+  for (int k = 0; k < top_n; ++k) {
+    Key best = keys[0];
+    Key where = lanes.index(0);
+    TOPN_UNROLL_BY(Lanes::unroll)
+    for (int i = 1; i < lanes.count; ++i) {
+      const bool higher = keys[i] > best;
+      best = higher ? keys[i] : best;
+      where = higher ? Key(lanes.index(i)) : where;
+    }
+    const Key top = lanes.max(best);
+    const Key expert = lanes.min(best == top ? where : std::numeric_limits<Key>::max());
+    lanes.drop(keys, int(expert));
+    chosen(k, int(expert));
+  }
+}
+
 }  // namespace topn_gating::cuda
