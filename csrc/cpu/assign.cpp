@@ -23,34 +23,52 @@ struct Tile {
   }
 };
 
-template <class Real>
-bool is_routed(const Assign& a, int64_t pair, int64_t k) {
-  if (k == 0) return true;
-  const Real w = static_cast<const Real*>(a.weight)[pair];
-  switch (a.policy) {
-    case Policy::Random: {
-      const Real least = static_cast<const Real*>(a.threshold)[k];
-      return static_cast<const Real*>(a.draws)[pair] < w / std::max(least, Real(a.eps));
+// Which pairs are routed is a matter of chance, so no branch depends on it: `slot` holds 0 for a routed pair and -1, that is
+// kBelowThreshold, for another until `hand_out`, and both serve as masks.
+static_assert(kBelowThreshold == -1 && kOverCapacity == -2);
+
+// Of a tile's pairs, by the policy; is_routed(weight, draw, threshold) is that of ranks above 0. Whatever `draws` is, it has
+// the shape of the weights.
+template <class Real, class IsRouted>
+void mark_by(const Assign& a, const Tile& tile, const Real* draws, const IsRouted& is_routed) {
+  const int64_t begin = tile.first * a.top_n, end = tile.last * a.top_n;
+  const Real* weight = static_cast<const Real*>(a.weight);
+  for (int64_t k = 1; k < a.top_n; ++k) {
+    const Real threshold = a.threshold == nullptr ? Real(0) : static_cast<const Real*>(a.threshold)[k];
+    for (int64_t pair = begin + k; pair < end; pair += a.top_n) {
+      a.slot[pair] = int32_t(is_routed(weight[pair], draws[pair], threshold)) - 1;
     }
-    case Policy::Threshold: return w > static_cast<const Real*>(a.threshold)[k];
-    case Policy::All: return true;
-    case Policy::None: return false;
   }
-  return false;
+  for (int64_t pair = begin; pair < end; pair += a.top_n) a.slot[pair] = 0;
 }
 
-// Counts the tile's routed pairs; `slot` holds 0 for them until `hand_out`.
+template <class Real>
+void mark(const Assign& a, const Tile& tile) {
+  const Real* weight = static_cast<const Real*>(a.weight);
+  switch (a.policy) {
+    case Policy::Random:
+      return mark_by(a, tile, static_cast<const Real*>(a.draws), [eps = Real(a.eps)](Real w, Real draw, Real threshold) {
+        return draw < w / std::max(threshold, eps);
+      });
+    case Policy::Threshold: return mark_by(a, tile, weight, [](Real w, Real, Real threshold) { return w > threshold; });
+    case Policy::All: return mark_by(a, tile, weight, [](Real, Real, Real) { return true; });
+    case Policy::None: return mark_by(a, tile, weight, [](Real, Real, Real) { return false; });
+  }
+}
+
+// Marks and counts the tile's routed pairs.
 template <class Real>
 void count(const Assign& a, const Tile& tile) {
+  mark<Real>(a, tile);
   std::fill_n(tile.counts, a.top_n * a.experts, 0);
   for (int64_t token = tile.first; token < tile.last; ++token) {
     const bool real = a.padding_mask == nullptr || a.padding_mask[token];
     for (int64_t k = 0; k < a.top_n; ++k) {
       const int64_t pair = token * a.top_n + k;
-      const int64_t e = a.expert[pair];
-      const bool routed = real && e >= 0 && e < a.experts && is_routed<Real>(a, pair, k);
-      a.slot[pair] = routed ? 0 : kBelowThreshold;
-      if (routed) tile.counts[k * a.experts + e] += 1;
+      const int32_t e = a.expert[pair], known = -int32_t(uint32_t(e) < uint64_t(a.experts));
+      const int32_t unrouted = a.slot[pair] | ~known | (int32_t(real) - 1);
+      a.slot[pair] = unrouted;
+      tile.counts[k * a.experts + (e & ~unrouted)] += 1 + unrouted;
     }
   }
 }
@@ -79,28 +97,32 @@ void scan(const Assign& a, int64_t group, int32_t* counts) {
   }
 }
 
+// The values of pairs that hold a slot, 0 for the others.
+template <class Real>
+void keep_held(const int32_t* slot, const void* values, void* kept, int64_t begin, int64_t end) {
+  const Real* from = static_cast<const Real*>(values);
+  Real* to = static_cast<Real*>(kept);
+  for (int64_t i = begin; i < end; ++i) to[i] = slot[i] >= 0 ? from[i] : Real(0);
+}
+
 template <class Real>
 void hand_out(const Assign& a, const Tile& tile) {
   const int32_t capacity = int32_t(a.capacity);
-  const int64_t group = tile.first / a.tokens;
+  const int64_t group = tile.first / a.tokens, pairs_before = group * a.tokens * a.top_n;
+  int32_t* sources = a.source + group * a.experts * a.capacity;
   for (int64_t token = tile.first; token < tile.last; ++token) {
     for (int64_t k = 0; k < a.top_n; ++k) {
       const int64_t pair = token * a.top_n + k;
-      Real kept = 0;
-      if (a.slot[pair] == 0) {
-        const int64_t e = a.expert[pair];
-        const int32_t slot = tile.counts[k * a.experts + e]++;
-        if (slot < capacity) {
-          a.slot[pair] = slot;
-          a.source[(group * a.experts + e) * a.capacity + slot] = int32_t(pair - group * a.tokens * a.top_n);
-          kept = static_cast<const Real*>(a.weight)[pair];
-        } else {
-          a.slot[pair] = kOverCapacity;
-        }
-      }
-      static_cast<Real*>(a.kept)[pair] = kept;
+      const int32_t unrouted = a.slot[pair], e = a.expert[pair] & ~unrouted;
+      int32_t& next = tile.counts[k * a.experts + e];
+      const int32_t slot = next;
+      next += 1 + unrouted;
+      const bool held = (unrouted == 0) & (slot < capacity);
+      a.slot[pair] = held ? slot : kOverCapacity - unrouted;
+      if (held) sources[e * a.capacity + slot] = int32_t(pair - pairs_before);
     }
   }
+  keep_held<Real>(a.slot, a.weight, a.kept, tile.first * a.top_n, tile.last * a.top_n);
 }
 
 template <class Real>
@@ -147,9 +169,7 @@ void assign_as(const Assign& a, ParallelFor parallel_for) {
 template <class Real>
 void assign_backward_as(const AssignBackward& a, ParallelFor parallel_for) {
   parallel(parallel_for, a.pairs, 1, [&](int64_t begin, int64_t end) {
-    const Real* grad_kept = static_cast<const Real*>(a.grad_kept);
-    Real* grad_weight = static_cast<Real*>(a.grad_weight);
-    for (int64_t i = begin; i < end; ++i) grad_weight[i] = a.slot[i] >= 0 ? grad_kept[i] : Real(0);
+    keep_held<Real>(a.slot, a.grad_kept, a.grad_weight, begin, end);
   });
 }
 
