@@ -13,7 +13,7 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 try:
     from . import _C
@@ -37,13 +37,22 @@ def apply(name: str, *args):
 
     A compiler sees the operator itself. In eager mode its Function below is the shorter way: ``Function.apply`` would first
     inspect ``forward``'s signature for defaults, and a call through the dispatcher would look for a gradient twice; each of
-    these takes longer than a small kernel.
+    these takes longer than a small kernel. Where nothing asks for a gradient there is no need of the Function either.
     """
     if torch.compiler.is_compiling():
         return getattr(_ops, name).default(*args)
+    function = FUNCTIONS[name]
     if torch._C._are_functorch_transforms_active():
-        return FUNCTIONS[name].apply(*args)
-    return super(Function, FUNCTIONS[name]).apply(*args)
+        return function.apply(*args)
+    if _asks_for_gradient(*args[:2]):  # no operator has one for a later argument
+        return super(Function, function).apply(*args)
+    return function.forward(*args)
+
+
+def _asks_for_gradient(*args) -> bool:
+    if forward_ad._current_level >= 0:  # which a Function refuses with a message
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def _forward(op, *args):
@@ -73,11 +82,13 @@ def _first_order(backward):
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
         saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
         with torch.no_grad():
             outputs = backward(ctx, saved, *grads)
-        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            return SecondOrder.apply(len(outputs), *outputs, *grads, *saved)
-        return outputs
+        if torch._C._are_functorch_transforms_active():
+            return outputs
+        return SecondOrder.apply(len(outputs), *outputs, *grads, *saved)
 
     return wrapper
 

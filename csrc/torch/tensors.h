@@ -52,8 +52,18 @@ inline int64_t product(const Shape& shape, size_t begin, size_t end) {
   return result;
 }
 
+// An empty tensor beside another. The shim is called as it is: torch::stable::new_empty goes through the dispatcher, which
+// takes longer than a small kernel.
 inline Tensor make(const Tensor& like, const Shape& shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  const auto device = like.device();
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &made));
+  return Tensor(made);
 }
 
 // The kernels' scratch memory, if they want any: the caller keeps it until they are launched.
