@@ -18,6 +18,7 @@ BARRIER = re.compile(r"(?<!void )\b(?:__syncthreads|__syncwarp|sync_grid)\(\)")
 ANY_BARRIER = re.compile(r"(?<!void )\b(?:__sync\w+|sync_grid) *\(")
 SCHEDULER = ["scheduler", "fiber", "meet", "launch", "report"]
 TESTS = ["kernels_test", "gate_cases", "assign_cases", "slot_cases"]
+BUFFER = ROOT / "benchmarks/router/buffer.cpp"
 CPU = ["level", "level_avx2", "level_baseline", "workspace"]
 TOOLS = {"plain": [], "tsan": ["-fsanitize=thread"]}
 PROCESSES = 2
@@ -55,7 +56,8 @@ def number_barriers(folder):
 def compile_all(folder):
     """Compiles both programs."""
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-w", "-Wno-psabi"]
-    host = ["-DTOPN_SIMT_HOST", f"-I{folder}/csrc", f"-I{ROOT}/tests/simt", "-include", str(folder / "deleted.h")]
+    includes = [f"-I{folder}/csrc", f"-I{ROOT}/tests/simt", f"-I{BUFFER.parent}"]
+    host = ["-DTOPN_SIMT_HOST", *includes, "-include", str(folder / "deleted.h")]
     commands = []
     objects = {tool: [] for tool in TOOLS}
 
@@ -73,6 +75,7 @@ def compile_all(folder):
     for tool, flags in TOOLS.items():
         for name in TESTS:
             add(f"{tool}.{name}", [tool], [*host, *flags, str(ROOT / f"tests/simt/{name}.cpp")])
+        add(f"{tool}.{BUFFER.stem}", [tool], [*host, *flags, str(BUFFER)])
     for name in SCHEDULER:
         add(name, TOOLS, [*host, str(ROOT / f"tests/simt/{name}.cpp")])
     for name in CPU:
