@@ -2,40 +2,10 @@
 #include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/stream.h"
 
 namespace TOPN_NAMESPACE {
 namespace {
-
-constexpr int64_t kLine = 64;  // bytes of a cache line
-
-// Outputs beyond this pass the caches by; smaller ones stay in them for whoever reads them next.
-constexpr int64_t kStreamBytes = int64_t(48) << 20;
-
-// Zeros to [begin, end), both multiples of a line.
-void clear_lines(char* begin, char* end, bool stream) {
-#if defined(__SSE2__)
-  if (stream) {
-    const __m128i zero = _mm_setzero_si128();
-    for (char* p = begin; p < end; p += kLine) {
-      for (int i = 0; i < kLine; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(p + i), zero);
-    }
-    return;
-  }
-#endif
-  std::memset(begin, 0, end - begin);
-}
-
-void copy_line(char* to, const char* from, bool stream) {
-#if defined(__SSE2__)
-  if (stream) {
-    for (int i = 0; i < kLine; i += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), load<__m128i>(from + i));
-    }
-    return;
-  }
-#endif
-  std::memcpy(to, from, kLine);
-}
 
 // Writes a stretch of memory from its start to its end: zeros, and entries put in at rising addresses.
 template <class T>
@@ -88,7 +58,7 @@ class Writer {
 
   void flush() {
     if (!in_line_) return;
-    copy_line(at_, line_, stream_);
+    copy_lines(at_, line_, kLine, stream_);
     at_ += kLine;
     in_line_ = false;
   }
@@ -175,7 +145,7 @@ void dense(const Dense& a, ParallelFor parallel_for) {
   const Assignment& s = a.assignment;
   const int64_t row = s.experts * s.capacity;
   const int64_t bytes = s.groups * s.tokens * row * element_bytes(a.dtype);
-  const bool stream = 2 * bytes >= kStreamBytes;
+  const bool stream = bytes >= kStreamBytes;
   if (stream) {
     advise_huge_pages(a.dispatch, bytes);
     advise_huge_pages(a.combine, bytes);
@@ -188,9 +158,7 @@ void dense(const Dense& a, ParallelFor parallel_for) {
       for (int64_t token = begin; token < end; token += step) {
         dense_tokens<T>(a, stream, token, std::min(end, token + step));
       }
-#if defined(__SSE2__)
-      if (stream) _mm_sfence();
-#endif
+      end_stores_past_caches();
     });
   });
 }

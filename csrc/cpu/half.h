@@ -29,30 +29,20 @@ void with_type(DType dtype, const F& f) {
 using Halves = Vector<uint16_t, width<float>>;
 using Words = Vector<uint32_t>;
 
-// A vector of floats from that many elements.
-TOPN_INLINE Floats load_real(const float* p) { return load<Floats>(p); }
-TOPN_INLINE Doubles load_real(const double* p) { return load<Doubles>(p); }
-TOPN_INLINE Floats load_real(const BFloat16* p) {
-  return (Floats)(__builtin_convertvector(load<Halves>(p), Words) << 16);
-}
-TOPN_INLINE Floats load_real(const Float16* p) {
-  const Words h = __builtin_convertvector(load<Halves>(p), Words);
-  const Words magnitude = (h & 0x7fffu) << 13;
+// Floats of the 16 bits in the lower halves of words, and back: rounded to nearest, ties to even, in the lower halves.
+TOPN_INLINE Floats decode(const BFloat16*, Words half) { return (Floats)(half << 16); }
+TOPN_INLINE Floats decode(const Float16*, Words half) {
+  const Words magnitude = (half & 0x7fffu) << 13;
   // Times 2^112 moves the exponent's bias, and makes denormals normal on the way; infinity and NaN keep the top exponent.
   const Floats moved = (Floats)magnitude * 5.192296858534828e33f;
   const Words special = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : (Words)moved;
-  return (Floats)(special | ((h & 0x8000u) << 16));
+  return (Floats)(special | ((half & 0x8000u) << 16));
 }
-
-// Rounds to nearest, ties to even.
-TOPN_INLINE void store_real(float* p, Floats v) { store(p, v); }
-TOPN_INLINE void store_real(double* p, Doubles v) { store(p, v); }
-TOPN_INLINE void store_real(BFloat16* p, Floats v) {
+TOPN_INLINE Words encode(const BFloat16*, Floats v) {
   const Words bits = (Words)v;
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  store(p, __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, Halves));
+  return (v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u) >> 16;
 }
-TOPN_INLINE void store_real(Float16* p, Floats v) {
+TOPN_INLINE Words encode(const Float16*, Floats v) {
   const Words bits = (Words)v;
   const Words sign = (bits >> 16) & 0x8000u;
   const Words magnitude = bits & 0x7fffffffu;
@@ -62,7 +52,25 @@ TOPN_INLINE void store_real(Float16* p, Floats v) {
   Words half = magnitude < 0x38800000u ? denormal : normal;
   half = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? Words{} + 0x7e00u : half;
-  store(p, __builtin_convertvector(half | sign, Halves));
+  return half | sign;
+}
+
+// A vector of what is computed in from that many elements, and the elements of one, for the memory that the pointer is to.
+template <class T>
+TOPN_INLINE Floats load_real(const T* p) {
+  return decode(p, __builtin_convertvector(load<Halves>(p), Words));
+}
+TOPN_INLINE Floats load_real(const float* p) { return load<Floats>(p); }
+TOPN_INLINE Doubles load_real(const double* p) { return load<Doubles>(p); }
+template <class T>
+TOPN_INLINE Halves elements(const T* p, Floats v) {
+  return __builtin_convertvector(encode(p, v), Halves);
+}
+TOPN_INLINE Floats elements(const float*, Floats v) { return v; }
+TOPN_INLINE Doubles elements(const double*, Doubles v) { return v; }
+template <class T, class V>
+TOPN_INLINE void store_real(T* p, V v) {
+  store(p, elements(p, v));
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/stream.h"
 
 namespace TOPN_NAMESPACE {
 TOPN_INLINE int64_t quotient(int64_t a, int64_t b) { return a / b; }
@@ -13,24 +14,45 @@ TOPN_INLINE int64_t quotient(int64_t a, int64_t b) { return a / b; }
 
 namespace TOPN_NAMESPACE {
 
+// Rows of an output: `stream` tells whether they go past the caches, for which each must begin at a line.
+struct OutputRows {
+  char* data;
+  int64_t bytes;  // of a row
+  bool stream;
+
+  OutputRows(void* rows, int64_t count, int64_t row_bytes)
+      : data(static_cast<char*>(rows)), bytes(row_bytes),
+        stream(count * row_bytes >= kStreamBytes && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(rows) % kLine == 0) {}
+
+  template <class T>
+  T* row(int64_t i) const {
+    return reinterpret_cast<T*>(data + i * bytes);
+  }
+  void clear(int64_t i) const { clear_lines(row<char>(i), row<char>(i + 1), stream); }
+  void copy(int64_t i, const char* from) const { copy_lines(row<char>(i), from, bytes, stream); }
+};
+
+inline int64_t slots_of(const Assignment& a) { return a.groups * a.experts * a.capacity; }
+
 // Runs tokens(begin, end) over all tokens and slots(begin, end) over all slots, as one parallel loop.
 template <class Tokens, class Slots>
 void parallel_tokens_slots(const Assignment& a, int64_t dim, ParallelFor parallel_for, const Tokens& tokens,
                            const Slots& slots) {
-  const int64_t num_tokens = a.groups * a.tokens, num_slots = a.groups * a.experts * a.capacity;
+  const int64_t num_tokens = a.groups * a.tokens, num_slots = slots_of(a);
   // An item is a token and its share of the slots, so that every part of the loop gets its share of both.
   const int64_t slots_per_item = std::max<int64_t>(1, (num_slots + num_tokens - 1) / std::max<int64_t>(1, num_tokens));
   const int64_t items = std::max(num_tokens, (num_slots + slots_per_item - 1) / slots_per_item);
   parallel(parallel_for, items, dim * (a.top_n + 1), [&](int64_t begin, int64_t end) {
     tokens(std::min(begin, num_tokens), std::min(end, num_tokens));
     slots(std::min(begin * slots_per_item, num_slots), std::min(end * slots_per_item, num_slots));
+    end_stores_past_caches();
   });
 }
 
 // Writes zeros to the rows of slots that no pair holds.
-inline void clear_free_rows(const Assignment& a, void* rows, int64_t row_bytes, int64_t begin, int64_t end) {
+inline void clear_free_rows(const Assignment& a, const OutputRows& rows, int64_t begin, int64_t end) {
   for (int64_t slot = begin; slot < end; ++slot) {
-    if (holding_pair(a, slot) < 0) std::memset(static_cast<char*>(rows) + slot * row_bytes, 0, row_bytes);
+    if (holding_pair(a, slot) < 0) rows.clear(slot);
   }
 }
 
@@ -52,50 +74,127 @@ struct Held {
   }
 };
 
-// out[j] = Σ_i scale_i rows[slot_i][j], in rank order; a null scale is 1.
-template <class T>
-void sum_rows(const T* rows, const Held& held, const RealOf<T>* scale, int64_t dim, T* out) {
-  using R = RealOf<T>;
-  using V = Vector<R>;
-  constexpr int w = width<R>;
-  const auto factor = [&](int64_t i) { return scale == nullptr ? R(1) : scale[held.pair[i]]; };
-  int64_t j = 0;
-  for (; j + w <= dim; j += w) {
-    V total{};
-    for (int64_t i = 0; i < held.count; ++i) total += factor(i) * load_real(rows + held.slot[i] * dim + j);
-    store_real(out + j, total);
-  }
-  for (; j < dim; ++j) {
-    R total = 0;
-    for (int64_t i = 0; i < held.count; ++i) total += factor(i) * load_one(rows + held.slot[i] * dim + j);
-    store_one(out + j, total);
-  }
-}
+// `Count` vectors of features. Of two vectors of a half type, the first holds the even features and the second the odd ones, as
+// they lie in words: no kernel here asks which feature is where.
+template <class T, int Count>
+struct Features {
+  using V = Vector<RealOf<T>>;
+  static constexpr int w = width<RealOf<T>>, count = Count;
+  V v[Count];  // zeros as `Features{}`
 
-// Σ_j a[j] b[j], in a fixed order.
-template <class T>
-RealOf<T> dot(const T* a, const T* b, int64_t dim) {
-  using R = RealOf<T>;
-  using V = Vector<R>;
-  constexpr int w = width<R>;
-  V total[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * w <= dim; j += 4 * w) {
-    for (int u = 0; u < 4; ++u) total[u] += load_real(a + j + u * w) * load_real(b + j + u * w);
+  TOPN_INLINE void load(const T* p) {
+    if constexpr (sizeof(T) == 2 && Count % 2 == 0) {
+      for (int u = 0; u < Count; u += 2) {
+        const Words words = TOPN_NAMESPACE::load<Words>(p + u * w);
+        v[u] = decode(p, words & 0xffffu);
+        v[u + 1] = decode(p, words >> 16);
+      }
+    } else {
+      for (int u = 0; u < Count; ++u) v[u] = load_real(p + u * w);
+    }
   }
-  for (; j + w <= dim; j += w) total[0] += load_real(a + j) * load_real(b + j);
-  R rest = 0;
-  for (; j < dim; ++j) rest += load_one(a + j) * load_one(b + j);
-  return sum_lanes((total[0] + total[1]) + (total[2] + total[3])) + rest;
-}
+  TOPN_INLINE void store(T* p, bool stream) const {
+    if constexpr (sizeof(T) == 2 && Count % 2 == 0) {
+      for (int u = 0; u < Count; u += 2) put(p + u * w, encode(p, v[u]) | encode(p, v[u + 1]) << 16, stream);
+    } else {
+      for (int u = 0; u < Count; ++u) put(p + u * w, elements(p, v[u]), stream);
+    }
+  }
 
-// out[j] = scale * row[j].
-template <class T>
-void scale_row(const T* row, RealOf<T> scale, int64_t dim, T* out) {
+ private:
+  template <class Some>
+  static TOPN_INLINE void put(T* p, Some some, bool stream) {
+    if (stream) {
+      store_past_caches(p, some);
+    } else {
+      TOPN_NAMESPACE::store(p, some);
+    }
+  }
+};
+
+// Runs f(features, load, store) over the features of rows. `features` is of the kind that load(row) gives and store(row,
+// features) takes: four vectors, then one, then what is left, beyond which is 0.
+template <class T, class F>
+TOPN_INLINE void for_features(int64_t dim, bool stream, const F& f) {
   constexpr int w = width<RealOf<T>>;
   int64_t j = 0;
-  for (; j + w <= dim; j += w) store_real(out + j, scale * load_real(row + j));
-  for (; j < dim; ++j) store_one(out + j, scale * load_one(row + j));
+  const auto whole = [&](auto some) {
+    using Some = decltype(some);
+    f(
+        Some{},
+        [&](const T* row) {
+          Some features;
+          features.load(row + j);
+          return features;
+        },
+        [&](T* row, const Some& features) { features.store(row + j, stream); });
+  };
+  for (; j + 4 * w <= dim; j += 4 * w) whole(Features<T, 4>{});
+  for (; j + w <= dim; j += w) whole(Features<T, 1>{});
+  if (j == dim) return;
+  using One = Features<T, 1>;
+  const int64_t bytes = (dim - j) * int64_t(sizeof(T));
+  f(
+      One{},
+      [&](const T* row) {
+        T padded[w] = {};
+        std::memcpy(padded, row + j, bytes);
+        One features;
+        features.load(padded);
+        return features;
+      },
+      [&](T* row, const One& features) {
+        T padded[w];
+        features.store(padded, false);
+        std::memcpy(row + j, padded, bytes);
+      });
+}
+
+// out[j] = Σ_i scale_i rows[slot_i][j], in rank order; a null scale is 1.
+template <class T>
+void sum_rows(const T* rows, const Held& held, const RealOf<T>* scale, int64_t dim, T* out, bool stream) {
+  for_features<T>(dim, stream, [&](auto total, const auto& load, const auto& store) {
+    for (int64_t i = 0; i < held.count; ++i) {
+      const auto row = load(rows + held.slot[i] * dim);
+      const RealOf<T> factor = scale == nullptr ? RealOf<T>(1) : scale[held.pair[i]];
+      for (int u = 0; u < total.count; ++u) total.v[u] += factor * row.v[u];
+    }
+    store(out, total);
+  });
+}
+
+// Σ_j a[j] b[j], in a fixed order: four vectors of sums.
+template <class T>
+class Dot {
+ public:
+  template <class Some>
+  TOPN_INLINE void add(const Some& a, const Some& b) {
+    for (int u = 0; u < a.count; ++u) total_[u] += a.v[u] * b.v[u];
+  }
+  RealOf<T> sum() const { return sum_lanes((total_[0] + total_[1]) + (total_[2] + total_[3])); }
+
+ private:
+  Vector<RealOf<T>> total_[4] = {};
+};
+
+template <class T>
+RealOf<T> dot(const T* a, const T* b, int64_t dim) {
+  Dot<T> dot;
+  for_features<T>(dim, false, [&](auto, const auto& load, const auto&) { dot.add(load(a), load(b)); });
+  return dot.sum();
+}
+
+// The same, and scaled[j] = scale · b[j] on the way.
+template <class T>
+RealOf<T> dot_and_scale(const T* a, const T* b, int64_t dim, RealOf<T> scale, T* scaled, bool stream) {
+  Dot<T> dot;
+  for_features<T>(dim, stream, [&](auto, const auto& load, const auto& store) {
+    auto features = load(b);
+    dot.add(load(a), features);
+    for (int u = 0; u < features.count; ++u) features.v[u] *= scale;
+    store(scaled, features);
+  });
+  return dot.sum();
 }
 
 }  // namespace TOPN_NAMESPACE
