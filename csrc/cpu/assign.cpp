@@ -23,6 +23,8 @@ struct Tile {
   }
 };
 
+constexpr double kPairCost = 7;  // nanoseconds of a core: see `parallel`
+
 // Which pairs are routed is a matter of chance, so no branch depends on it: `slot` holds 0 for a routed pair and -1, that is
 // kBelowThreshold, for another until `hand_out`, and both serve as masks.
 static_assert(kBelowThreshold == -1 && kOverCapacity == -2);
@@ -128,7 +130,7 @@ void hand_out(const Assign& a, const Tile& tile) {
 template <class Real>
 void assign_short_groups(const Assign& a, ParallelFor parallel_for) {
   const int64_t ranks = a.top_n * a.experts;
-  parallel(parallel_for, a.groups, a.tokens * a.top_n + ranks, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, a.groups, kPairCost * double(a.tokens * a.top_n) + double(ranks), [&](int64_t begin, int64_t end) {
     Scratch<int32_t> counts(ranks);
     for (int64_t group = begin; group < end; ++group) {
       const Tile whole(a, group, counts);
@@ -144,12 +146,12 @@ void assign_long_groups(const Assign& a, ParallelFor parallel_for) {
   const int64_t of_group = assign_tiles(a.tokens, a.experts), ranks = a.top_n * a.experts;
   int32_t* counts = static_cast<int32_t*>(a.workspace);
   const auto for_tiles = [&](void (*step)(const Assign&, const Tile&)) {
-    parallel(parallel_for, a.groups * of_group, assign_tile(a.experts) * a.top_n, [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, a.groups * of_group, kPairCost / 2 * double(assign_tile(a.experts) * a.top_n), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) step(a, Tile(a, tile, counts + tile * ranks));
     });
   };
   for_tiles(count<Real>);
-  parallel(parallel_for, a.groups, of_group * ranks, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, a.groups, double(of_group * ranks), [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) scan(a, group, counts + group * of_group * ranks);
   });
   for_tiles(hand_out<Real>);
@@ -168,7 +170,7 @@ void assign_as(const Assign& a, ParallelFor parallel_for) {
 
 template <class Real>
 void assign_backward_as(const AssignBackward& a, ParallelFor parallel_for) {
-  parallel(parallel_for, a.pairs, 1, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, a.pairs, 0.2, [&](int64_t begin, int64_t end) {
     keep_held<Real>(a.slot, a.grad_kept, a.grad_weight, begin, end);
   });
 }

@@ -12,7 +12,6 @@ void combine_tokens(const Combine& a, const OutputRows& out, int64_t begin, int6
     sum_rows<T>(static_cast<const T*>(a.y), held, static_cast<const RealOf<T>*>(a.weight), a.dim, out.row<T>(token),
                 out.stream);
   }
-  end_stores_past_caches();
 }
 
 template <class T>
@@ -39,10 +38,9 @@ void combine_backward_tokens(const CombineBackward& a, const OutputRows& grad_y,
 void combine(const Combine& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const int64_t tokens = a.assignment.groups * a.assignment.tokens;
-    const OutputRows out(a.out, tokens, a.dim * int64_t(sizeof(T)));
-    parallel(parallel_for, tokens, a.dim * (a.assignment.top_n + 1),
-             [&](int64_t begin, int64_t end) { combine_tokens<T>(a, out, begin, end); });
+    const OutputRows out(a.out, a.assignment.groups * a.assignment.tokens, a.dim * int64_t(sizeof(T)));
+    parallel_tokens(a.assignment, out.bytes, parallel_for,
+                    [&](int64_t begin, int64_t end) { combine_tokens<T>(a, out, begin, end); });
   });
 }
 
@@ -51,7 +49,7 @@ void combine_backward(const CombineBackward& a, ParallelFor parallel_for) {
     using T = std::remove_pointer_t<decltype(element)>;
     const OutputRows grad_y(a.grad_y, slots_of(a.assignment), a.dim * int64_t(sizeof(T)));
     parallel_tokens_slots(
-        a.assignment, a.dim, parallel_for,
+        a.assignment, grad_y.bytes, parallel_for,
         [&](int64_t begin, int64_t end) { combine_backward_tokens<T>(a, grad_y, begin, end); },
         [&](int64_t begin, int64_t end) { clear_free_rows(a.assignment, grad_y, begin, end); });
   });

@@ -152,7 +152,7 @@ void dense(const Dense& a, ParallelFor parallel_for) {
   }
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    parallel(parallel_for, s.groups * s.tokens, 2 * row, [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, s.groups * s.tokens, 0.1 * double(row * element_bytes(a.dtype)), [&](int64_t begin, int64_t end) {
       // Stretches short enough that the two outputs' writes take turns.
       const int64_t step = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, row));
       for (int64_t token = begin; token < end; token += step) {
@@ -167,7 +167,7 @@ void dense_backward(const DenseBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const Assignment& s = a.assignment;
-    parallel(parallel_for, s.groups * s.tokens, s.top_n * 16,
+    parallel(parallel_for, s.groups * s.tokens, double(s.top_n * 10),
              [&](int64_t begin, int64_t end) { dense_backward_tokens<T>(a, begin, end); });
   });
 }

@@ -19,7 +19,6 @@ void dispatch_backward_tokens(const DispatchBackward& a, const OutputRows& grad_
       grad_weight[held.pair[i]] = dot(static_cast<const T*>(a.x) + token * a.dim, grad_y + held.slot[i] * a.dim, a.dim);
     }
   }
-  end_stores_past_caches();
 }
 
 }  // namespace
@@ -29,7 +28,7 @@ void dispatch(const Dispatch& a, ParallelFor parallel_for) {
   const char* x = static_cast<const char*>(a.x);
   const OutputRows y(a.y, slots_of(a.assignment), row_bytes);
   parallel_tokens_slots(
-      a.assignment, a.dim, parallel_for,
+      a.assignment, row_bytes, parallel_for,
       [&](int64_t begin, int64_t end) {
         Held held(a.assignment.top_n);
         for (int64_t token = begin; token < end; ++token) {
@@ -43,10 +42,9 @@ void dispatch(const Dispatch& a, ParallelFor parallel_for) {
 void dispatch_backward(const DispatchBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const int64_t tokens = a.assignment.groups * a.assignment.tokens;
-    const OutputRows grad_x(a.grad_x, tokens, a.dim * int64_t(sizeof(T)));
-    parallel(parallel_for, tokens, a.dim * (a.assignment.top_n + 1),
-             [&](int64_t begin, int64_t end) { dispatch_backward_tokens<T>(a, grad_x, begin, end); });
+    const OutputRows grad_x(a.grad_x, a.assignment.groups * a.assignment.tokens, a.dim * int64_t(sizeof(T)));
+    parallel_tokens(a.assignment, grad_x.bytes, parallel_for,
+                    [&](int64_t begin, int64_t end) { dispatch_backward_tokens<T>(a, grad_x, begin, end); });
   });
 }
 

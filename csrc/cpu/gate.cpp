@@ -144,7 +144,7 @@ void gate_losses(const Gate& a, int64_t tiles_of_group, ParallelFor parallel_for
     return;
   }
   GroupSums* sums = gate_group_sums(a.workspace, a.groups, a.tokens, a.experts);
-  parallel(parallel_for, a.groups, tiles_of_group * a.experts, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, a.groups, double(tiles_of_group * a.experts), [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) sums[group] = gate_group<Real>(a, tiles_of_group, group);
   });
   GroupSums all{};
@@ -165,7 +165,7 @@ void gate(const Gate& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Real = RealOf<T>;
-    parallel(parallel_for, a.groups * tiles_of_group, kGateTile * a.experts, [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, a.groups * tiles_of_group, gate_tile_cost(a), [&](int64_t begin, int64_t end) {
       a.soft ? gate_tokens<double, T>(a, begin, end) : gate_tokens<Real, T>(a, begin, end);
     });
     gate_losses<Real>(a, tiles_of_group, parallel_for);

@@ -166,7 +166,7 @@ void gate_backward(const GateBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const double z_scale = z_loss_scale<RealOf<T>>(a);
-    parallel(parallel_for, a.groups * gate_tiles(a.tokens), kGateTile * a.experts, [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, a.groups * gate_tiles(a.tokens), gate_tile_cost(a), [&](int64_t begin, int64_t end) {
       a.soft ? gradient_tokens<double, T>(a, z_scale, begin, end) : gradient_tokens<RealOf<T>, T>(a, z_scale, begin, end);
     });
   });

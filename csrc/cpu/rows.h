@@ -34,18 +34,26 @@ struct OutputRows {
 
 inline int64_t slots_of(const Assignment& a) { return a.groups * a.experts * a.capacity; }
 
-// Runs tokens(begin, end) over all tokens and slots(begin, end) over all slots, as one parallel loop.
-template <class Tokens, class Slots>
-void parallel_tokens_slots(const Assignment& a, int64_t dim, ParallelFor parallel_for, const Tokens& tokens,
-                           const Slots& slots) {
-  const int64_t num_tokens = a.groups * a.tokens, num_slots = slots_of(a);
-  // An item is a token and its share of the slots, so that every part of the loop gets its share of both.
-  const int64_t slots_per_item = std::max<int64_t>(1, (num_slots + num_tokens - 1) / std::max<int64_t>(1, num_tokens));
-  const int64_t items = std::max(num_tokens, (num_slots + slots_per_item - 1) / slots_per_item);
-  parallel(parallel_for, items, dim * (a.top_n + 1), [&](int64_t begin, int64_t end) {
-    tokens(std::min(begin, num_tokens), std::min(end, num_tokens));
-    slots(std::min(begin * slots_per_item, num_slots), std::min(end * slots_per_item, num_slots));
+// Runs f(begin, end) over all tokens. Its work is in moving a token's row, and one for each slot that it may hold.
+template <class F>
+void parallel_tokens(const Assignment& a, int64_t row_bytes, ParallelFor parallel_for, const F& f) {
+  const int64_t tokens = a.groups * a.tokens;
+  const double slots = double(slots_of(a)) / double(std::max<int64_t>(1, tokens));
+  const double rows = 1 + std::min(slots, double(a.top_n));
+  parallel(parallel_for, tokens, 0.03 * double(row_bytes) * rows + 5 * double(a.top_n), [&](int64_t begin, int64_t end) {
+    f(begin, end);
     end_stores_past_caches();
+  });
+}
+
+// The same, and slots(begin, end) over all slots: each part of the loop gets its share of both.
+template <class F, class Slots>
+void parallel_tokens_slots(const Assignment& a, int64_t row_bytes, ParallelFor parallel_for, const F& f, const Slots& slots) {
+  const int64_t tokens = a.groups * a.tokens, num_slots = slots_of(a);
+  if (tokens == 0) return slots(0, num_slots);
+  parallel_tokens(a, row_bytes, parallel_for, [&](int64_t begin, int64_t end) {
+    f(begin, end);
+    slots(begin * num_slots / tokens, end * num_slots / tokens);
   });
 }
 

@@ -20,7 +20,13 @@ struct GateTile {
   }
 };
 
-// Their scores, expert by expert. Lanes past `count` hold copies of the last token: they are computed with the others and left unwritten.
+// What a tile takes a core, in nanoseconds: see `parallel`.
+template <class Args>
+double gate_tile_cost(const Args& a) {
+  return double(kGateTile * a.experts) * (a.soft ? 50 : 2.5);
+}
+
+// The scores of a few tokens, expert by expert. Lanes past `count` hold copies of the last token: they are computed with the others and left unwritten.
 template <class R, class T, class Args>
 struct Tokens {
   using V = Vector<R>;
