@@ -177,7 +177,7 @@ struct Kernels {
   void (*combine_backward)(const CombineBackward&, ParallelFor);
 };
 
-// The best set that this processor runs. The environment variable TOPN_GATING_CPU_LEVEL (baseline, avx2) may ask for a
+// The best set that this processor runs. The environment variable TOPN_GATING_CPU_LEVEL (baseline, avx2, avx512) may ask for a
 // lower one; it is read once.
 const Kernels& kernels();
 

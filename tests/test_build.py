@@ -58,7 +58,7 @@ def test_build_info():
     info = topn_gating.build_info()
     assert set(info) == {"compiler", "torch", "cpu_level", "cuda", "cuda_architectures"}
     assert info["torch"] == torch.__version__
-    assert info["cpu_level"] in ("baseline", "avx2")
+    assert info["cpu_level"] in ("baseline", "avx2", "avx512")
     if info["cuda"] is None:
         assert info["cuda_architectures"] == []
     else:

@@ -7,12 +7,15 @@ namespace {
 const Kernels& choose() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("TOPN_GATING_CPU_LEVEL");
-  const bool lower = asked != nullptr && std::strcmp(asked, "baseline") == 0;
-  if (!lower && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
-    return avx2_kernels;
-  }
-#endif
+  const auto is_asked = [&](const Kernels& level) { return asked != nullptr && std::strcmp(asked, level.level) == 0; };
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!avx2 || is_asked(baseline_kernels)) return baseline_kernels;
+  return avx512 && !is_asked(avx2_kernels) ? avx512_kernels : avx2_kernels;
+#else
   return baseline_kernels;
+#endif
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ ANY_BARRIER = re.compile(r"(?<!void )\b(?:__sync\w+|sync_grid) *\(")
 SCHEDULER = ["scheduler", "fiber", "meet", "launch", "report"]
 TESTS = ["kernels_test", "gate_cases", "assign_cases", "slot_cases"]
 BUFFER = ROOT / "benchmarks/router/buffer.cpp"
-CPU = ["level", "level_avx2", "level_baseline", "workspace"]
+CPU = ["level", "level_avx2", "level_avx512", "level_baseline", "workspace"]
 TOOLS = {"plain": [], "tsan": ["-fsanitize=thread"]}
 PROCESSES = 2
 SECONDS = 120  # that a run may take
