@@ -91,7 +91,8 @@ def add_cuda(extension, nvcc: str) -> None:
 
 def extension(nvcc: str | None):
     """The extension, with CUDA if there is a compiler for it."""
-    kernels = ["level.cpp", "level_baseline.cpp", "level_avx2.cpp", "level_avx512.cpp", "workspace.cpp"]  # level_*.cpp include the kernels
+    # level_*.cpp include the kernels.
+    kernels = ["level.cpp", "level_baseline.cpp", "level_avx2.cpp", "level_avx512.cpp", "workspace.cpp"]
     glue = ["schema.cpp", "cpu.cpp", "module.cpp"]
     flags = ["-std=c++17", *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"])]
     result = cpp_extension.CppExtension(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_floating, check_positive, check_top_n, threshold_per_rank
 from .dtypes import autocast_dtype
+from .linear import GateLinear
 from .ops import POLICIES
 from .routing import BALANCE_ON, Routing, expert_capacity, route
 
@@ -110,7 +111,7 @@ class TopNGating(nn.Module):
         self.balance_on = balance_on
         self.router_dtype = router_dtype
 
-        self.to_gates = nn.Linear(dim, num_gates, bias=False, device=device, dtype=dtype)
+        self.to_gates = GateLinear(dim, num_gates, device=device, dtype=dtype)
         for name, threshold in (("threshold_train", threshold_train), ("threshold_eval", threshold_eval)):
             per_rank = threshold_per_rank(name, threshold, top_n, num_gates)
             self.register_buffer(name, torch.tensor([eps, *per_rank], device=device, dtype=dtype))
