@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate assign dense disp
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo test bench lint kernels sanitize barriers install-check cuda-check clean
+.PHONY: demo test bench router-bench lint kernels sanitize barriers install-check cuda-check clean
 
 demo: $(VENV)/built
 	$(RUN) -m topn_gating demo $(ARGS)
@@ -21,6 +21,11 @@ test: $(VENV)/built $(VENV)/kernels lint
 
 bench: $(VENV)/built
 	$(RUN) -m topn_gating bench $(ARGS)
+
+# Every kernel without torch, beside the machine's bandwidth. Needs Google Benchmark (Debian: libbenchmark-dev).
+router-bench: $(VENV)/kernels
+	$(VENV)/bin/cmake --build build/cmake --target router_bench
+	build/cmake/benchmarks/router_bench $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
@@ -83,7 +88,8 @@ $(VENV)/installed: requirements-dev.txt constraints.txt
 	$(PIP) install --no-deps zetascale==2.8.8
 	touch $@
 
-$(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc tests/simt -type f)
+$(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc tests/simt -type f) \
+		$(shell find benchmarks -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 	$(CMAKE) -B build/cmake
 	$(VENV)/bin/cmake --build build/cmake --parallel 2
 	touch $@
