@@ -146,7 +146,8 @@ void assign_long_groups(const Assign& a, ParallelFor parallel_for) {
   const int64_t of_group = assign_tiles(a.tokens, a.experts), ranks = a.top_n * a.experts;
   int32_t* counts = static_cast<int32_t*>(a.workspace);
   const auto for_tiles = [&](void (*step)(const Assign&, const Tile&)) {
-    parallel(parallel_for, a.groups * of_group, kPairCost / 2 * double(assign_tile(a.experts) * a.top_n), [&](int64_t begin, int64_t end) {
+    const double cost = kPairCost / 2 * double(assign_tile(a.experts) * a.top_n);
+    parallel(parallel_for, a.groups * of_group, cost, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) step(a, Tile(a, tile, counts + tile * ranks));
     });
   };

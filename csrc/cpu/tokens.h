@@ -26,7 +26,8 @@ double gate_tile_cost(const Args& a) {
   return double(kGateTile * a.experts) * (a.soft ? 50 : 2.5);
 }
 
-// The scores of a few tokens, expert by expert. Lanes past `count` hold copies of the last token: they are computed with the others and left unwritten.
+// The scores of a few tokens, expert by expert. Lanes past `count` hold copies of the last token: they are computed with the
+// others and left unwritten.
 template <class R, class T, class Args>
 struct Tokens {
   using V = Vector<R>;

@@ -1,5 +1,6 @@
 """What the gating costs beside its plain torch definition, on the same tensors."""
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -89,16 +90,17 @@ def median_ms(*contenders: Step) -> list[float]:
     return [statistics.median(samples[WARM_UP:]) for samples in times]
 
 
-def peak_bytes(step: Step) -> int:
-    """The most that ``step`` held at a time above what stood before it: the allocator's events, replayed."""
+def memory_changes(step: Step) -> list[int]:
+    """What the allocator did during ``step``, in order: bytes taken (positive) and given back (negative)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = [event["args"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event["Ev Idx"]):
-        held += event["Bytes"]
-        peak = max(peak, held)
-    return peak
+    return [event["Bytes"] for event in sorted(events, key=lambda event: event["Ev Idx"])]
+
+
+def peak_bytes(step: Step) -> int:
+    """The most that ``step`` held at a time above what stood before it."""
+    return max(itertools.accumulate(memory_changes(step), initial=0))
