@@ -1,4 +1,4 @@
-"""benchmarks/peers.py on tiny shapes: who is compared, what is said of the others, the table and the picture."""
+"""benchmarks/peers.py and overhead.py on tiny shapes: who is compared, what is said of the others, the table and the picture."""
 
 import json
 
@@ -13,6 +13,7 @@ from shapes import Shape
 
 pytest.importorskip("st_moe_pytorch")
 pytest.importorskip("rich")
+import overhead
 import peers
 
 FLAT = [DeepSpeedSparse, DeepSpeedDense, Megatron]
@@ -189,3 +190,10 @@ def test_every_contender_says_what_it_is():
     assert len({kind.name for kind in everyone}) == len(everyone)
     assert all(kind.about for kind in everyone)
     assert all(issubclass(kind, Contender) and kind.install for kind in (StMoe, Zeta, *FLAT))
+
+
+def test_overhead_of_every_call_is_measured(capsys):
+    overhead.main(["--seconds", "0.001"])
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == [name for name, _, _ in overhead.calls()]
+    assert all(float(figure) > 0 for row in rows for figure in row[1:])
