@@ -1,4 +1,4 @@
-"""benchmarks/peers.py and overhead.py on tiny shapes: who is compared, what is said of the others, the table and the picture."""
+"""benchmarks/peers.py and overhead.py on tiny shapes: who is compared, what is said of the others, table, picture."""
 
 import json
 
