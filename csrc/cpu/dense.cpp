@@ -129,16 +129,6 @@ void dense_backward_tokens(const DenseBackward& a, int64_t begin, int64_t end) {
   }
 }
 
-// Asks for huge pages where a large output is fresh memory: a page fault costs more than the page's zeros.
-void advise_huge_pages(void* begin, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 void dense(const Dense& a, ParallelFor parallel_for) {

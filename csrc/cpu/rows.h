@@ -14,7 +14,7 @@ TOPN_INLINE int64_t quotient(int64_t a, int64_t b) { return a / b; }
 
 namespace TOPN_NAMESPACE {
 
-// Rows of an output: `stream` tells whether they go past the caches, for which each must begin at a line.
+// Rows of an output. `stream` tells whether they go past the caches, for which each must begin at a line.
 struct OutputRows {
   char* data;
   int64_t bytes;  // of a row
@@ -22,7 +22,9 @@ struct OutputRows {
 
   OutputRows(void* rows, int64_t count, int64_t row_bytes)
       : data(static_cast<char*>(rows)), bytes(row_bytes),
-        stream(count * row_bytes >= kStreamBytes && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(rows) % kLine == 0) {}
+        stream(count * row_bytes >= kStreamBytes && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(rows) % kLine == 0) {
+    if (stream) advise_huge_pages(rows, count * row_bytes);
+  }
 
   template <class T>
   T* row(int64_t i) const {

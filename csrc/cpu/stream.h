@@ -1,4 +1,4 @@
-// Stores that pass the caches by, for outputs that would not stay in them: what is written is then not read first.
+// Large outputs: stores that pass the caches by, since what is written so is not read first, and huge pages.
 #pragma once
 
 #include "cpu/simd.h"
@@ -48,6 +48,16 @@ inline void copy_lines(char* to, const char* from, int64_t bytes, bool stream) {
     return;
   }
   for (int64_t i = 0; i < bytes; i += sizeof(Ints)) store_past_caches(to + i, load<Ints>(from + i));
+}
+
+// Asks for huge pages: where an output is fresh memory, a page fault costs more than the page's zeros.
+inline void advise_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace TOPN_NAMESPACE
