@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # Threads that spin at a barrier take a small machine's only other core from the work.
 export OMP_WAIT_POLICY := passive
 
-OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate assign dense dispatch combine))
+OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate assign dense dispatch combine linear))
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 

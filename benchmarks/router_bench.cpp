@@ -251,7 +251,9 @@ std::vector<Case> cases_of(const Options& options, const Devices& devices) {
   for (const Shape& shape : options.shapes) {
     for (const NamedType& type : options.types) {
       for (const std::unique_ptr<Device>& device : devices) {
-        for (const Kernel& kernel : kKernels) cases.push_back({kernel, *device, type, shape});
+        for (const Kernel& kernel : kKernels) {
+          if (device->is_cpu() || !kernel.on_cpu_alone) cases.push_back({kernel, *device, type, shape});
+        }
       }
     }
   }

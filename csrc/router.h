@@ -152,6 +152,26 @@ struct CombineBackward {
   void* grad_weight;  // (g, n, k) Real
 };
 
+// SPEC step 2, on the CPU alone: elsewhere torch's own products serve. Computed in Real, each result rounded once.
+struct Linear {
+  DType dtype;
+  int64_t tokens, dim, experts;  // tokens: of all groups
+  const void* x;                 // (g, n, d)
+  const void* weight;            // (e, d)
+  void* logits;                  // (g, n, e)
+};
+
+struct LinearBackward {
+  DType dtype;
+  int64_t tokens, dim, experts;
+  const void* grad_logits;  // (g, n, e)
+  const void* x;            // (g, n, d)
+  const void* weight;       // (e, d)
+  void* grad_x;             // (g, n, d); null: not wanted
+  void* grad_weight;        // (e, d); null: not wanted
+  void* workspace;          // workspace_bytes(*this) of them, 16-byte aligned
+};
+
 namespace cpu {
 
 // Runs body(context, begin, end) over a partition of [begin, end), in parts of at least `grain`, on the caller's threads.
@@ -161,6 +181,7 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body bod
 int64_t workspace_bytes(const Gate&);
 int64_t workspace_bytes(const GateBackward&);
 int64_t workspace_bytes(const Assign&);
+int64_t workspace_bytes(const LinearBackward&);
 
 // One set of kernels for one level of the instruction set.
 struct Kernels {
@@ -175,6 +196,8 @@ struct Kernels {
   void (*dispatch_backward)(const DispatchBackward&, ParallelFor);
   void (*combine)(const Combine&, ParallelFor);
   void (*combine_backward)(const CombineBackward&, ParallelFor);
+  void (*linear)(const Linear&, ParallelFor);
+  void (*linear_backward)(const LinearBackward&, ParallelFor);
 };
 
 // The best set that this processor runs. The environment variable TOPN_GATING_CPU_LEVEL (baseline, avx2, avx512) may ask for a

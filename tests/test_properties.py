@@ -237,6 +237,8 @@ def sample() -> list[torch.Tensor]:
             x, y = torch.randn(2, 40, dim).to(dtype), torch.randn(2, 9, 11, dim).to(dtype)
             results += [cpu("dispatch", x, a.weight, *a.indices, True), *cpu("dispatch_backward", y, x, *a.indices)]
             results += [cpu("combine", y, a.weight, *a.indices), *cpu("combine_backward", x, y, a.weight, *a.indices)]
+        x, weight, grad = (torch.randn(shape).to(dtype) for shape in ((2, 40, 35), (9, 35), (2, 40, 9)))
+        results += [cpu("linear", x, weight), *cpu("linear_backward", grad, x, weight, True, True)]
         dense = cpu("dense", a.weight, a.expert, a.slot, 9, 11, dtype, True)
         results += [*dense, cpu("dense_backward", *dense, a.expert, a.slot)]
     for policy in POLICIES:

@@ -1,11 +1,19 @@
-"""The gate's matrix product."""
+"""The gate's matrix product (SPEC step 2) and, on the CPU, its gradients in one pass over the tokens.
+
+The operator ``linear`` (``csrc/cpu/linear.cpp``) computes in float32 what torch has no instructions for on this CPU. Logits of
+every other type are those of ``F.linear``, to the bit, so that tokens go where the peers send them; their gradients come from
+``linear_backward`` all the same.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-from .dtypes import autocast_dtype
+from . import ops
+from .dtypes import autocast_dtype, real_dtype
+
+_ops = torch.ops.topn_gating
 
 
 def _slow_types() -> frozenset[torch.dtype]:
@@ -21,14 +29,12 @@ def _slow_types() -> frozenset[torch.dtype]:
 SLOW_TYPES = _slow_types()
 
 
-class FloatLinear(Function):
-    """``F.linear`` of half types as products of float32, each result rounded once. Keeps no float32 copy for the backward."""
-
-    generate_vmap_rule = True
+class Linear(Function):
+    """``linear``: logits ``(…, e)`` of tokens ``(…, d)`` and a weight ``(e, d)``."""
 
     @staticmethod
     def forward(x, weight):
-        return F.linear(x.float(), weight.float()).to(x.dtype)
+        return ops.below_autograd(_ops.linear.default, x, weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -37,17 +43,35 @@ class FloatLinear(Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        with torch.autocast("cpu", enabled=False):
-            grad, grad_x, grad_weight = grad.float(), None, None
-            if ctx.needs_input_grad[0]:
-                grad_x = (grad @ weight.float()).to(x.dtype)
-            if ctx.needs_input_grad[1]:
-                grad_weight = (grad.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(weight.dtype)
-        return grad_x, grad_weight
+        wants_x, wants_weight = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative, which torch's own products have
+            grad, rows, real_weight = (t.to(real_dtype(x.dtype)) for t in (grad, x, weight))
+            grad_x = grad @ real_weight if wants_x else None
+            grad_weight = grad.flatten(0, -2).t() @ rows.flatten(0, -2) if wants_weight else None
+        else:
+            grad_x, grad_weight = _ops.linear_backward.default(grad, x, weight, wants_x, wants_weight)
+        return grad_x.to(x.dtype) if wants_x else None, grad_weight.to(x.dtype) if wants_weight else None
+
+
+class TorchLinear(Linear):
+    """The same with logits by torch."""
+
+    @staticmethod
+    def forward(x, weight):
+        return F.linear(x, weight)
+
+
+Linear.vmap = staticmethod(ops.vmap_rule(Linear.apply))
+torch.library.register_autograd("topn_gating::linear", Linear.backward, setup_context=Linear.setup_context)
+torch.library.register_vmap("topn_gating::linear", Linear.vmap)
+torch.library.register_vmap("topn_gating::linear_backward", ops.vmap_rule(_ops.linear_backward))
 
 
 class GateLinear(nn.Linear):
-    """``nn.Linear`` without a bias, also fast for half types on a CPU that has no instructions for them.
+    """``nn.Linear`` without a bias: the gate's.
+
+    On a CPU it is also fast for half types that the processor has no instructions for, and its gradients are one kernel. A
+    compiler gets torch's own product where there is a fast one.
 
     Args:
         dim: features of a token.
@@ -65,7 +89,14 @@ class GateLinear(nn.Linear):
         """Logits ``(…, n, e)`` of tokens ``(…, n, dim)``, of the type that autocast asks for or of ``x``'s."""
         autocast = autocast_dtype(x.device)
         dtype = autocast or x.dtype
-        if x.device.type != "cpu" or dtype not in SLOW_TYPES or not (autocast or self.weight.dtype == dtype):
+        if x.device.type != "cpu" or not (autocast or self.weight.dtype == dtype):
             return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return FloatLinear.apply(x.to(dtype), self.weight.to(dtype))
+        compiles = torch.compiler.is_compiling()
+        if dtype in SLOW_TYPES:
+            with torch.autocast("cpu", enabled=False):
+                operands = x.to(dtype), self.weight.to(dtype)
+                return _ops.linear.default(*operands) if compiles else ops.run(Linear, *operands)
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if autocast or compiles or transformed:
+            return super().forward(x)
+        return ops.run(TorchLinear, x, self.weight)

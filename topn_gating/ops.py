@@ -33,18 +33,22 @@ POLICIES = ("random", "threshold", "all", "none")
 
 
 def apply(name: str, *args):
-    """Runs the operator ``name`` on a full list of arguments, with its gradient.
-
-    A compiler sees the operator itself. In eager mode its Function below is the shorter way: ``Function.apply`` would first
-    inspect ``forward``'s signature for defaults, and a call through the dispatcher would look for a gradient twice; each of
-    these takes longer than a small kernel. Where nothing asks for a gradient there is no need of the Function either.
-    """
+    """Runs the operator ``name`` on a full list of arguments, with its gradient. A compiler sees the operator itself."""
     if torch.compiler.is_compiling():
         return getattr(_ops, name).default(*args)
-    function = FUNCTIONS[name]
+    return run(FUNCTIONS[name], *args)
+
+
+def run(function: type[Function], *args):
+    """Runs a Function on a full list of arguments, the first two of which may have a gradient.
+
+    In eager mode this is shorter than the ways that torch has: ``Function.apply`` would first inspect ``forward``'s signature
+    for defaults, and a call through the dispatcher would look for a gradient twice; each of these takes longer than a small
+    kernel. Where nothing asks for a gradient there is no need of the Function either.
+    """
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    if _asks_for_gradient(*args[:2]):  # no operator has one for a later argument
+    if _asks_for_gradient(*args[:2]):
         return super(Function, function).apply(*args)
     return function.forward(*args)
 
@@ -55,7 +59,8 @@ def _asks_for_gradient(*args) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def _forward(op, *args):
+def below_autograd(op, *args):
+    """Calls an operator whose gradient is the caller's affair."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -98,7 +103,7 @@ class Gate(Function):
 
     @staticmethod
     def forward(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
-        return _forward(_ops.gate.default, logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses)
+        return below_autograd(_ops.gate.default, logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -135,7 +140,9 @@ class Assign(Function):
 
     @staticmethod
     def forward(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
-        return _forward(_ops.assign.default, weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps)
+        return below_autograd(
+            _ops.assign.default, weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -156,7 +163,7 @@ class Dense(Function):
 
     @staticmethod
     def forward(weight, expert, slot, num_gates, capacity, dtype, straight_through):
-        return _forward(_ops.dense.default, weight, expert, slot, num_gates, capacity, dtype, straight_through)
+        return below_autograd(_ops.dense.default, weight, expert, slot, num_gates, capacity, dtype, straight_through)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -181,7 +188,7 @@ class Dispatch(Function):
 
     @staticmethod
     def forward(x, weight, expert, slot, source, straight_through):
-        return _forward(_ops.dispatch.default, x, weight, expert, slot, source, straight_through)
+        return below_autograd(_ops.dispatch.default, x, weight, expert, slot, source, straight_through)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -202,7 +209,7 @@ class Combine(Function):
 
     @staticmethod
     def forward(y, weight, expert, slot, source):
-        return _forward(_ops.combine.default, y, weight, expert, slot, source)
+        return below_autograd(_ops.combine.default, y, weight, expert, slot, source)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -215,7 +222,7 @@ class Combine(Function):
         return grad_y, grad_weight, None, None, None
 
 
-def _vmap_rule(call):
+def vmap_rule(call):
     """``torch.vmap`` over an operator: one call for each sample, since each has losses of its own."""
 
     def rule(info, in_dims, *args):
@@ -239,7 +246,7 @@ FUNCTIONS: dict[str, type[Function]] = {
 }
 
 for _name, _function in FUNCTIONS.items():
-    _function.vmap = staticmethod(_vmap_rule(_function.apply))
+    _function.vmap = staticmethod(vmap_rule(_function.apply))
     torch.library.register_autograd(f"topn_gating::{_name}", _function.backward, setup_context=_function.setup_context)
     torch.library.register_vmap(f"topn_gating::{_name}", _function.vmap)
-    torch.library.register_vmap(f"topn_gating::{_name}_backward", _vmap_rule(getattr(_ops, f"{_name}_backward")))
+    torch.library.register_vmap(f"topn_gating::{_name}_backward", vmap_rule(getattr(_ops, f"{_name}_backward")))

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,7 @@ class Device {
  public:
   virtual ~Device() = default;
   virtual const char* name() const = 0;
+  virtual bool is_cpu() const { return false; }
   virtual std::string description() const = 0;
 
   // The buffer's contents in memory of the device, which on the CPU is the buffer itself; and from there back into it.
@@ -48,6 +50,11 @@ class Device {
   virtual void run(const DispatchBackward&) = 0;
   virtual void run(const Combine&) = 0;
   virtual void run(const CombineBackward&) = 0;
+
+  // On the CPU alone.
+  virtual int64_t workspace_bytes(const LinearBackward&) const { throw std::logic_error("no such kernel here"); }
+  virtual void run(const Linear&) { throw std::logic_error("no such kernel here"); }
+  virtual void run(const LinearBackward&) { throw std::logic_error("no such kernel here"); }
 };
 
 std::unique_ptr<Device> cpu_device(int threads);

@@ -59,6 +59,7 @@ class Cpu : public Device {
  public:
   explicit Cpu(int threads) { omp_set_num_threads(threads); }
   const char* name() const override { return "cpu"; }
+  bool is_cpu() const override { return true; }
   std::string description() const override {
     return std::string(cpu::kernels().level) + ", " + std::to_string(omp_get_max_threads()) + " threads";
   }
@@ -90,6 +91,7 @@ class Cpu : public Device {
   int64_t workspace_bytes(const Gate& a) const override { return cpu::workspace_bytes(a); }
   int64_t workspace_bytes(const GateBackward& a) const override { return cpu::workspace_bytes(a); }
   int64_t workspace_bytes(const Assign& a) const override { return cpu::workspace_bytes(a); }
+  int64_t workspace_bytes(const LinearBackward& a) const override { return cpu::workspace_bytes(a); }
 
   void run(const Gate& a) override { cpu::kernels().gate(a, parallel_for); }
   void run(const GateBackward& a) override { cpu::kernels().gate_backward(a, parallel_for); }
@@ -101,6 +103,8 @@ class Cpu : public Device {
   void run(const DispatchBackward& a) override { cpu::kernels().dispatch_backward(a, parallel_for); }
   void run(const Combine& a) override { cpu::kernels().combine(a, parallel_for); }
   void run(const CombineBackward& a) override { cpu::kernels().combine_backward(a, parallel_for); }
+  void run(const Linear& a) override { cpu::kernels().linear(a, parallel_for); }
+  void run(const LinearBackward& a) override { cpu::kernels().linear_backward(a, parallel_for); }
 };
 
 }  // namespace

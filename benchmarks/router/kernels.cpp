@@ -263,6 +263,71 @@ void combine_backward(Call& call, const Problem& p) {
   call.runs(a);
 }
 
+// A matrix by its rows, in double.
+struct Matrix {
+  int64_t rows, columns;
+  std::vector<double> values;
+
+  Matrix(const Buffer& buffer, int64_t rows_of_it) : rows(rows_of_it), columns(buffer.count() / rows_of_it) {
+    for (int64_t i = 0; i < buffer.count(); ++i) values.push_back(buffer.get(i));
+  }
+  Matrix transposed() const {
+    Matrix t = *this;
+    std::swap(t.rows, t.columns);
+    for (int64_t i = 0; i < t.rows; ++i) {
+      for (int64_t j = 0; j < t.columns; ++j) t.values[size_t(i * t.columns + j)] = values[size_t(j * columns + i)];
+    }
+    return t;
+  }
+};
+
+std::vector<double> product(const Matrix& a, const Matrix& b) {
+  std::vector<double> sums(size_t(a.rows * b.columns));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    double* sum = sums.data() + i * b.columns;
+    for (int64_t l = 0; l < a.columns; ++l) {
+      const double factor = a.values[size_t(i * a.columns + l)], *row = b.values.data() + l * b.columns;
+      for (int64_t j = 0; j < b.columns; ++j) sum[j] += factor * row[j];
+    }
+  }
+  return sums;
+}
+
+template <class Args>
+Args product_of(const Problem& p) {
+  Args a{};
+  a.dtype = p.dtype;
+  a.tokens = p.tokens, a.dim = p.shape.dim, a.experts = p.shape.experts;
+  return a;
+}
+
+void linear(Call& call, const Problem& p) {
+  const Buffer& x = call.keep(p.uniform(p.type, p.tokens * p.shape.dim, 2));
+  const Buffer& weight = call.keep(p.uniform(p.type, p.shape.experts * p.shape.dim, 3));
+  Linear a = product_of<Linear>(p);
+  call.reads(a.x, x);
+  call.reads(a.weight, weight);
+  call.writes(a.logits, "logits", p.type, p.tokens * p.shape.experts, sum_of(p, p.shape.dim),
+              listed(product(Matrix(x, p.tokens), Matrix(weight, p.shape.experts).transposed())));
+  call.runs(a);
+}
+
+void linear_backward(Call& call, const Problem& p) {
+  const Buffer& grad_logits = call.keep(p.uniform(p.type, p.tokens * p.shape.experts, 2));
+  const Buffer& x = call.keep(p.uniform(p.type, p.tokens * p.shape.dim, 3));
+  const Buffer& weight = call.keep(p.uniform(p.type, p.shape.experts * p.shape.dim, 4));
+  LinearBackward a = product_of<LinearBackward>(p);
+  call.reads(a.grad_logits, grad_logits);
+  call.reads(a.x, x);
+  call.reads(a.weight, weight);
+  const Matrix grad(grad_logits, p.tokens);
+  call.writes(a.grad_x, "grad_x", p.type, x.count(), sum_of(p, p.shape.experts),
+              listed(product(grad, Matrix(weight, p.shape.experts))));
+  call.writes(a.grad_weight, "grad_weight", p.type, weight.count(), sum_of(p, p.tokens),
+              listed(product(grad.transposed(), Matrix(x, p.tokens))));
+  call.runs(a);
+}
+
 }  // namespace
 
 const std::vector<Kernel> kKernels = {{"gate", gate},
@@ -274,6 +339,8 @@ const std::vector<Kernel> kKernels = {{"gate", gate},
                                       {"dispatch", dispatch},
                                       {"dispatch_backward", dispatch_backward},
                                       {"combine", combine},
-                                      {"combine_backward", combine_backward}};
+                                      {"combine_backward", combine_backward},
+                                      {"linear", linear, true},
+                                      {"linear_backward", linear_backward, true}};
 
 }  // namespace topn_gating::bench

@@ -1,4 +1,4 @@
-// The ten kernels on a problem.
+// The kernels on a problem.
 #pragma once
 
 #include <vector>
@@ -11,6 +11,7 @@ namespace topn_gating::bench {
 struct Kernel {
   const char* name;
   void (*set_up)(Call&, const Problem&);  // the problem outlives the call
+  bool on_cpu_alone = false;
 };
 extern const std::vector<Kernel> kKernels;
 

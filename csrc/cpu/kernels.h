@@ -11,6 +11,7 @@
 #include "cpu/dense.cpp"
 #include "cpu/dispatch.cpp"
 #include "cpu/combine.cpp"
+#include "cpu/linear.cpp"
 
 namespace topn_gating::cpu {
 
@@ -26,6 +27,8 @@ const Kernels TOPN_TABLE(TOPN_LEVEL) = {
     TOPN_LEVEL::dispatch_backward,
     TOPN_LEVEL::combine,
     TOPN_LEVEL::combine_backward,
+    TOPN_LEVEL::linear,
+    TOPN_LEVEL::linear_backward,
 };
 
 }  // namespace topn_gating::cpu

@@ -13,4 +13,9 @@ int64_t workspace_bytes(const Assign& a) {
   return tiles < 2 ? 0 : a.groups * tiles * a.top_n * a.experts * int64_t(sizeof(int32_t));
 }
 
+int64_t workspace_bytes(const LinearBackward& a) {
+  const LinearCut cut(a);
+  return a.grad_weight == nullptr ? 0 : cut.chunks * a.experts * cut.columns * (a.dtype == DType::F64 ? 8 : 4);
+}
+
 }  // namespace topn_gating::cpu

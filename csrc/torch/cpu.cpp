@@ -1,4 +1,5 @@
 // The operators on CPU tensors.
+#include "linear.h"
 #include "operators.h"
 
 namespace topn_gating::binding {
@@ -26,6 +27,8 @@ struct Cpu {
   void run(const DispatchBackward& a) const { cpu::kernels().dispatch_backward(a, parallel_for); }
   void run(const Combine& a) const { cpu::kernels().combine(a, parallel_for); }
   void run(const CombineBackward& a) const { cpu::kernels().combine_backward(a, parallel_for); }
+  void run(const Linear& a) const { cpu::kernels().linear(a, parallel_for); }
+  void run(const LinearBackward& a) const { cpu::kernels().linear_backward(a, parallel_for); }
 };
 
 }  // namespace
@@ -34,4 +37,6 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(topn_gating, CPU, m) {
   using namespace topn_gating::binding;
   implement_operators<Cpu>(m);
+  m.impl("linear", TORCH_BOX(&linear<Cpu>));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward<Cpu>));
 }

@@ -1,0 +1,298 @@
+// SPEC step 2 for types that torch has no fast product of, and the gradients of its operands, on the CPU.
+//
+// These products are thin: thousands of tokens against a few experts. So what is read of x serves both gradients, half types
+// become floats on the way, and the weight, which every tile of tokens needs, lies in panels: so many columns of a matrix as
+// are worked on at a time, row after row, zeros past the edge.
+#include "cpu/half.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/workspace.h"
+
+namespace TOPN_NAMESPACE {
+namespace {
+
+constexpr int kVectors = 2;  // of a panel
+constexpr int kRows = 6;     // worked on at a time: kRows * kVectors sums hide the latency of an addition, and fit the registers
+template <class R>
+constexpr int panel = kVectors * width<R>;
+
+constexpr int64_t kLinearTile = 11 * kRows;  // tokens whose operands a core's second cache holds, with the weight
+constexpr double kTermCost = 0.013;          // nanoseconds of a core for two numbers' product: see `parallel`
+
+inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// For r < Rows and the columns of a panel: out[r * out_stride + column] is Σ_i a[r * stride + i * step] b[i][column], or grows by
+// it. A function of its own, so that the sums lie in registers whatever is done with them.
+template <int Rows, bool Add, class R>
+__attribute__((noinline)) void multiply_rows(const R* a, int64_t stride, int64_t step, const R* b, int64_t terms, R* out,
+                                             int64_t out_stride) {
+  using V = Vector<R>;
+  V total[Rows][kVectors] = {};
+  if constexpr (Add) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[r][v] = load<V>(out + r * out_stride + v * width<R>);
+    }
+  }
+  for (int64_t i = 0; i < terms; ++i) {
+    V column[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) column[v] = load<V>(b + i * panel<R> + v * width<R>);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const V factor = a[r * stride + i * step] - V{};  // in all lanes; to add a zero would take an instruction
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[r][v] += factor * column[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * width<R>, total[r][v]);
+  }
+}
+
+// The same for r < rows, at most kRows of them.
+template <bool Add, class R>
+void multiply(int64_t rows, const R* a, int64_t stride, int64_t step, const R* b, int64_t terms, R* out, int64_t out_stride) {
+  switch (rows) {
+    case 1: return multiply_rows<1, Add>(a, stride, step, b, terms, out, out_stride);
+    case 2: return multiply_rows<2, Add>(a, stride, step, b, terms, out, out_stride);
+    case 3: return multiply_rows<3, Add>(a, stride, step, b, terms, out, out_stride);
+    case 4: return multiply_rows<4, Add>(a, stride, step, b, terms, out, out_stride);
+    case 5: return multiply_rows<5, Add>(a, stride, step, b, terms, out, out_stride);
+    default: return multiply_rows<kRows, Add>(a, stride, step, b, terms, out, out_stride);
+  }
+}
+
+// Runs f(first, rows) over all rows, in parts of kRows at most that are about as large: a small one would wait for its sums.
+template <class F>
+TOPN_INLINE void for_rows(int64_t count, const F& f) {
+  int64_t first = 0;
+  for (int64_t parts = (count + kRows - 1) / kRows; parts > 0; --parts) {
+    const int64_t rows = (count - first + parts - 1) / parts;
+    f(first, rows);
+    first += rows;
+  }
+}
+
+// Vector v of `count` elements from p on, as R; zeros past them.
+template <class R, class T>
+TOPN_INLINE Vector<R> load_part(const T* p, int v, int64_t count) {
+  constexpr int w = width<R>;
+  const int64_t left = count - v * w;
+  if (left >= w) return load_real(p + v * w);
+  T padded[w] = {};
+  if (left > 0) std::memcpy(padded, p + v * w, left * sizeof(T));
+  return load_real(padded);
+}
+// The way back.
+template <class T, class V>
+TOPN_INLINE void store_part(T* p, int v, int64_t count, V values) {
+  constexpr int w = width<RealOf<T>>;
+  const int64_t left = count - v * w;
+  if (left >= w) return store_real(p + v * w, values);
+  T padded[w];
+  store_real(padded, values);
+  if (left > 0) std::memcpy(p + v * w, padded, left * sizeof(T));
+}
+
+// Panels of `columns` columns of rows that begin `stride` elements from each other; a panel has room for `room` of them.
+template <class R, class T>
+void pack(const T* rows, int64_t count, int64_t stride, int64_t columns, R* panels, int64_t room) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = rows + i * stride;
+    R* to = panels + i * panel<R>;
+    int64_t j = 0;
+    for (; j + panel<R> <= columns; j += panel<R>, to += room * panel<R>) {
+      for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_real(row + j + v * width<R>));
+    }
+    if (j == columns) continue;
+    for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_part<R>(row + j, v, columns - j));
+  }
+}
+
+template <class R, class T>
+void convert(const T* from, int64_t count, R* to) {
+  if constexpr (std::is_same_v<R, T>) {
+    std::memcpy(to, from, count * sizeof(R));
+  } else {
+    for (int64_t i = 0; i < count; i += width<R>) store_part(to + i, 0, count - i, load_part<R>(from + i, 0, count - i));
+  }
+}
+
+// Panels of the weight's transpose: columns are experts, rows are features.
+template <class R, class T>
+void pack_transposed(const T* weight, int64_t experts, int64_t dim, R* panels) {
+  for (int64_t first = 0; first < experts; first += panel<R>) {
+    for (int64_t j = 0; j < dim; ++j, panels += panel<R>) {
+      for (int64_t e = 0; e < panel<R>; ++e) panels[e] = first + e < experts ? load_one(weight + (first + e) * dim + j) : R(0);
+    }
+  }
+}
+
+// Logits of a tile of tokens, a block of features at a time.
+template <class T>
+class LinearTile {
+ public:
+  LinearTile(const Linear& args, const RealOf<T>* weight)
+      : a_(args), weight_(weight), columns_(round_up(a_.experts, panel<R>)), x_(kLinearTile * kLinearBlock),
+        z_(kLinearTile * columns_) {}
+
+  void run(int64_t first) {
+    const int64_t tokens = std::min(kLinearTile, a_.tokens - first);
+    std::fill_n(static_cast<R*>(z_), tokens * columns_, R(0));
+    for (int64_t j = 0; j < a_.dim; j += kLinearBlock) {
+      const int64_t terms = std::min(kLinearBlock, a_.dim - j);
+      for (int64_t t = 0; t < tokens; ++t) {
+        convert(static_cast<const T*>(a_.x) + (first + t) * a_.dim + j, terms, x_ + t * kLinearBlock);
+      }
+      for (int64_t e = 0; e < columns_; e += panel<R>) add(tokens, e, weight_ + e * a_.dim + j * panel<R>, terms);
+    }
+    T* logits = static_cast<T*>(a_.logits) + first * a_.experts;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t e = 0; e < columns_; e += width<R>) {
+        store_part(logits + t * a_.experts + e, 0, a_.experts - e, load<Vector<R>>(z_ + t * columns_ + e));
+      }
+    }
+  }
+
+ private:
+  using R = RealOf<T>;
+
+  void add(int64_t tokens, int64_t e, const R* weight, int64_t terms) {
+    for_rows(tokens, [&](int64_t t, int64_t rows) {
+      multiply<true>(rows, x_ + t * kLinearBlock, kLinearBlock, 1, weight, terms, z_ + t * columns_ + e, columns_);
+    });
+  }
+
+  const Linear& a_;
+  const R* weight_;
+  int64_t columns_;  // experts, in whole panels
+  Scratch<R> x_;     // (tile, block)
+  Scratch<R> z_;     // (tile, columns)
+};
+
+// A block of features and a chunk of tokens: what one thread makes of both gradients at a time.
+template <class T>
+class LinearGradient {
+ public:
+  LinearGradient(const LinearBackward& args, const LinearCut& cut, const RealOf<T>* weight, RealOf<T>* sums)
+      : a_(args), cut_(cut), weight_(weight), sums_(sums), grad_(kLinearTile * a_.experts), x_(kLinearTile * cut.block) {}
+
+  void run(int64_t chunk, int64_t block) {
+    const int64_t column = block * cut_.block, columns = std::min(cut_.block, a_.dim - column);
+    const int64_t end = std::min(a_.tokens, (chunk + 1) * cut_.chunk);
+    R* sums = sums_ + chunk * a_.experts * cut_.columns + column * a_.experts;
+    if (a_.grad_weight != nullptr) std::fill_n(sums, round_up(columns, panel<R>) * a_.experts, R(0));
+    for (int64_t first = chunk * cut_.chunk; first < end; first += kLinearTile) {
+      const int64_t count = std::min(kLinearTile, end - first);
+      convert(static_cast<const T*>(a_.grad_logits) + first * a_.experts, count * a_.experts, static_cast<R*>(grad_));
+      if (a_.grad_weight != nullptr) {
+        pack(static_cast<const T*>(a_.x) + first * a_.dim + column, count, a_.dim, columns, static_cast<R*>(x_), kLinearTile);
+      }
+      for (int64_t j = 0; j < columns; j += panel<R>) {
+        if (a_.grad_weight != nullptr) add_to_weight(count, j, sums + j * a_.experts);
+        if (a_.grad_x != nullptr) write_x(first, count, column + j);
+      }
+    }
+  }
+
+ private:
+  using R = RealOf<T>;
+
+  void add_to_weight(int64_t tokens, int64_t j, R* sums) {
+    for_rows(a_.experts, [&](int64_t e, int64_t rows) {
+      multiply<true>(rows, grad_ + e, 1, a_.experts, x_ + j * kLinearTile, tokens, sums + e * panel<R>, panel<R>);
+    });
+  }
+
+  void write_x(int64_t first, int64_t tokens, int64_t column) {
+    const int64_t columns = a_.dim - column;
+    const R* weight = weight_ + column * a_.experts;
+    for_rows(tokens, [&](int64_t t, int64_t rows) {
+      T* grad_x = static_cast<T*>(a_.grad_x) + (first + t) * a_.dim + column;
+      const R* grad = grad_ + t * a_.experts;
+      if constexpr (std::is_same_v<R, T>) {
+        if (columns >= panel<R>) return multiply<false>(rows, grad, a_.experts, 1, weight, a_.experts, grad_x, a_.dim);
+      }
+      R part[kRows * panel<R>];
+      multiply<false>(rows, grad, a_.experts, 1, weight, a_.experts, part, panel<R>);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          const auto sums = load<Vector<R>>(part + r * panel<R> + v * width<R>);
+          if (columns >= panel<R>) {
+            store_real(grad_x + r * a_.dim + v * width<R>, sums);
+          } else {
+            store_part(grad_x + r * a_.dim, v, columns, sums);
+          }
+        }
+      }
+    });
+  }
+
+  const LinearBackward& a_;
+  const LinearCut& cut_;
+  const R* weight_;
+  R* sums_;
+  Scratch<R> grad_;  // (tile, e)
+  Scratch<R> x_;     // panels of (tile, block)
+};
+
+// Adds the chunks' sums up, in order, for the panels of `begin` to `end`.
+template <class T>
+void add_chunks(const LinearBackward& a, const LinearCut& cut, const RealOf<T>* sums, int64_t begin, int64_t end) {
+  using R = RealOf<T>;
+  for (int64_t j = begin * panel<R>; j < std::min(a.dim, end * panel<R>); j += panel<R>) {
+    for (int64_t e = 0; e < a.experts; ++e) {
+      for (int v = 0; v < kVectors; ++v) {
+        const R* of_chunk = sums + j * a.experts + e * panel<R> + v * width<R>;
+        Vector<R> sum{};
+        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+          sum += load<Vector<R>>(of_chunk + chunk * a.experts * cut.columns);
+        }
+        store_part(static_cast<T*>(a.grad_weight) + e * a.dim + j, v, a.dim - j, sum);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void linear(const Linear& a, ParallelFor parallel_for) {
+  with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    using R = RealOf<T>;
+    Scratch<R> weight(round_up(a.experts, panel<R>) * a.dim);
+    pack_transposed(static_cast<const T*>(a.weight), a.experts, a.dim, static_cast<R*>(weight));
+    const int64_t tiles = (a.tokens + kLinearTile - 1) / kLinearTile;
+    parallel(parallel_for, tiles, kTermCost * double(kLinearTile * a.dim * a.experts), [&](int64_t begin, int64_t end) {
+      LinearTile<T> tile(a, weight);
+      for (int64_t i = begin; i < end; ++i) tile.run(i * kLinearTile);
+    });
+  });
+}
+
+void linear_backward(const LinearBackward& a, ParallelFor parallel_for) {
+  with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    using R = RealOf<T>;
+    const LinearCut cut(a);
+    Scratch<R> weight(a.grad_x == nullptr ? 0 : a.experts * cut.columns);
+    if (a.grad_x != nullptr) pack(static_cast<const T*>(a.weight), a.experts, a.dim, a.dim, static_cast<R*>(weight), a.experts);
+    R* sums = static_cast<R*>(a.workspace);
+    const double terms = double(cut.chunk * cut.block * a.experts) * ((a.grad_x != nullptr) + (a.grad_weight != nullptr));
+    parallel(parallel_for, cut.chunks * cut.blocks, kTermCost * terms, [&](int64_t begin, int64_t end) {
+      LinearGradient<T> gradient(a, cut, weight, sums);
+      for (int64_t i = begin; i < end; ++i) gradient.run(i / cut.blocks, i % cut.blocks);
+    });
+    if (a.grad_weight == nullptr) return;
+    const int64_t panels = round_up(a.dim, panel<R>) / panel<R>;
+    parallel(parallel_for, panels, 0.2 * double(cut.chunks * a.experts * panel<R>), [&](int64_t begin, int64_t end) {
+      add_chunks<T>(a, cut, sums, begin, end);
+    });
+  });
+}
+
+}  // namespace TOPN_NAMESPACE
