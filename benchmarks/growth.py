@@ -29,9 +29,9 @@ def measure(tokens: Sequence[int], kinds: Sequence[type[Contender]], options: ar
         harness.fresh()
         problem = Problem.make(Shape(1, n, DIM, EXPERTS, TOP_N), torch.float32)
         admitted, words = harness.admit(kinds, problem, options.gibibytes * 2**30)
-        times = harness.measure_metric(FULL, admitted, options.rounds)
+        times = harness.measure_metric(FULL, admitted, options.rounds, options.seconds)
         out = {name for name, f in times.items() if f.word or min(f.values) > 1e3 * options.seconds} | words.keys()
-        sizes = harness.measure_metric(MEMORY, [c for c in admitted if not times[c.name].word], options.rounds)
+        sizes = harness.measure_metric(MEMORY, [c for c in admitted if not times[c.name].word], options.rounds, options.seconds)
         cells += harness.cells(problem.shape, "float32", FULL, times | words)
         cells += harness.cells(problem.shape, "float32", MEMORY, sizes)
         kinds = [kind for kind in kinds if kind.name not in out]

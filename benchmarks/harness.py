@@ -110,17 +110,22 @@ def failed(error: Exception) -> Figure:
     return Figure(word=FAILS, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
 
 
-def measure_metric(metric: str, contenders: Sequence[Contender], rounds: int) -> dict[str, Figure]:
-    """The cells of a column, by name; a contender that raises gets its own, one without the metric none."""
+def measure_metric(metric: str, contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Figure]:
+    """The cells of a column, by name; a contender that raises gets its own, one without the metric none.
+
+    A call that takes longer than ``seconds`` is not repeated.
+    """
     figures, steps = {}, {}
     for contender in contenders:
         try:
             step = step_of(contender, metric)
             if step is None:
                 continue
-            one_seed(step)
+            milliseconds, faults = sample(step)
             if metric == MEMORY:
                 figures[contender.name] = Figure([peak_mebibytes(step)])
+            elif milliseconds > 1e3 * seconds:
+                figures[contender.name] = Figure([milliseconds], [faults])
             else:
                 steps[contender.name] = step
         except Exception as error:

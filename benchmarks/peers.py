@@ -83,7 +83,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="writes the table there")
     parser.add_argument("--growth", type=Path, metavar="PNG", help="draws time and memory against tokens there, instead")
     parser.add_argument("--tokens", nargs="+", type=int, default=growth.TOKENS, help="of --growth")
-    parser.add_argument("--seconds", type=float, default=10, help="of --growth: no more tokens for one whose call takes longer")
+    slow = "a call that takes longer is not repeated, and in --growth gets no more tokens"
+    parser.add_argument("--seconds", type=float, default=10, help=slow)
     return parser.parse_args(arguments)
 
 
@@ -94,7 +95,7 @@ def measure(shape: Shape, dtype: str, kinds: Sequence[type[Contender]], options:
     admitted, words = harness.admit(kinds, problem, options.gibibytes * 2**30)
     cells = []
     for metric in track(options.metrics, description=f"{shape}, {dtype}", transient=True):
-        figures = harness.measure_metric(metric, admitted, options.rounds) | words
+        figures = harness.measure_metric(metric, admitted, options.rounds, options.seconds) | words
         cells += harness.cells(shape, dtype, metric, figures)
     return cells
 

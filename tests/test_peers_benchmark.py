@@ -172,6 +172,12 @@ def test_estimate_of_dense_memory(peer):
     assert 0.5 * peer.dense_tensors < held / problem.dense_bytes < 1.1 * peer.dense_tensors
 
 
+def test_slow_calls_are_not_repeated(bench):
+    for seconds, samples in (("0", 1), ("60", 2)):
+        cells, _ = bench("--seconds", seconds, "--metrics", harness.FULL, "--dtypes", "float32", names=[PlainTorch.name])
+        assert {len(c["values"]) for c in cells} == {samples}
+
+
 def test_growth(bench, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "growth.png"

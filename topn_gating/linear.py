@@ -46,8 +46,9 @@ class Linear(Function):
         wants_x, wants_weight = ctx.needs_input_grad
         if torch.is_grad_enabled():  # for a second derivative, which torch's own products have
             grad, rows, real_weight = (t.to(real_dtype(x.dtype)) for t in (grad, x, weight))
-            grad_x = grad @ real_weight if wants_x else None
-            grad_weight = grad.flatten(0, -2).t() @ rows.flatten(0, -2) if wants_weight else None
+            with torch.autocast("cpu", enabled=False):
+                grad_x = grad @ real_weight if wants_x else None
+                grad_weight = grad.flatten(0, -2).t() @ rows.flatten(0, -2) if wants_weight else None
         else:
             grad_x, grad_weight = _ops.linear_backward.default(grad, x, weight, wants_x, wants_weight)
         return grad_x.to(x.dtype) if wants_x else None, grad_weight.to(x.dtype) if wants_weight else None
@@ -93,9 +94,8 @@ class GateLinear(nn.Linear):
             return super().forward(x)
         compiles = torch.compiler.is_compiling()
         if dtype in SLOW_TYPES:
-            with torch.autocast("cpu", enabled=False):
-                operands = x.to(dtype), self.weight.to(dtype)
-                return _ops.linear.default(*operands) if compiles else ops.run(Linear, *operands)
+            operands = x.to(dtype), self.weight.to(dtype)
+            return _ops.linear.default(*operands) if compiles else ops.run(Linear, *operands)
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         if autocast or compiles or transformed:
             return super().forward(x)

@@ -125,10 +125,12 @@ void convert(const T* from, int64_t count, R* to) {
 // Panels of the weight's transpose: columns are experts, rows are features.
 template <class R, class T>
 void pack_transposed(const T* weight, int64_t experts, int64_t dim, R* panels) {
-  for (int64_t first = 0; first < experts; first += panel<R>) {
-    for (int64_t j = 0; j < dim; ++j, panels += panel<R>) {
-      for (int64_t e = 0; e < panel<R>; ++e) panels[e] = first + e < experts ? load_one(weight + (first + e) * dim + j) : R(0);
-    }
+  Scratch<R> features(dim);
+  std::fill_n(panels + experts / panel<R> * panel<R> * dim, experts % panel<R> == 0 ? 0 : panel<R> * dim, R(0));
+  for (int64_t e = 0; e < experts; ++e) {
+    convert(weight + e * dim, dim, static_cast<R*>(features));
+    R* to = panels + e / panel<R> * panel<R> * dim + e % panel<R>;
+    for (int64_t j = 0; j < dim; ++j) to[j * panel<R>] = features[j];
   }
 }
 
