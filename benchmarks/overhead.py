@@ -1,6 +1,6 @@
 """Microseconds a call on tensors so small that the kernels take next to nothing: what Python, autograd and the dispatcher cost.
 
-    python benchmarks/overhead.py [--seconds 1]
+    PYTHONPATH=. python benchmarks/overhead.py [--seconds 1]
 
 Medians on one thread, beside torch's own operators on the same tensors.
 """
