@@ -167,4 +167,29 @@ Slots reference_assign(const Problem& problem) {
   return result;
 }
 
+Matrix::Matrix(const host::Buffer& buffer, int64_t rows_of_it) : rows(rows_of_it), columns(buffer.count() / rows_of_it) {
+  for (int64_t i = 0; i < buffer.count(); ++i) values.push_back(buffer.get(i));
+}
+
+Matrix Matrix::transposed() const {
+  Matrix t = *this;
+  std::swap(t.rows, t.columns);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    for (int64_t j = 0; j < t.columns; ++j) t.values[size_t(i * t.columns + j)] = values[size_t(j * columns + i)];
+  }
+  return t;
+}
+
+std::vector<double> product(const Matrix& a, const Matrix& b) {
+  std::vector<double> sums(size_t(a.rows * b.columns));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    double* sum = sums.data() + i * b.columns;
+    for (int64_t l = 0; l < a.columns; ++l) {
+      const double factor = a.values[size_t(i * a.columns + l)], *row = b.values.data() + l * b.columns;
+      for (int64_t j = 0; j < b.columns; ++j) sum[j] += factor * row[j];
+    }
+  }
+  return sums;
+}
+
 }  // namespace topn_gating::bench

@@ -1,5 +1,5 @@
-// SPEC in plain loops and in double: what the kernels' results are compared with. `gate` and `assign` walk the tokens; of all
-// else, an element is a formula of its index, and stands where kernels.cpp expects it.
+// SPEC in plain loops and in double: what the kernels' results are compared with. `gate` and `assign` walk the tokens, `linear`
+// multiplies matrices; of all else, an element is a formula of its index, and stands where kernels.cpp expects it.
 #pragma once
 
 #include <cstdint>
@@ -32,5 +32,15 @@ struct Slots {
   std::vector<int32_t> demand;  // (g, e)
 };
 Slots reference_assign(const Problem&);
+
+// A matrix by its rows, and the product of two.
+struct Matrix {
+  int64_t rows, columns;
+  std::vector<double> values;
+
+  Matrix(const host::Buffer&, int64_t rows);
+  Matrix transposed() const;
+};
+std::vector<double> product(const Matrix& a, const Matrix& b);
 
 }  // namespace topn_gating::bench
