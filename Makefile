@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # Threads that spin at a barrier take a small machine's only other core from the work.
 export OMP_WAIT_POLICY := passive
 
-OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate assign dense dispatch combine linear))
+OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense dispatch combine linear))
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
@@ -40,7 +40,7 @@ kernels: $(VENV)/kernels
 sanitize: $(VENV)/installed
 	$(CMAKE) -B build/address -DTOPN_GATING_SANITIZE=address
 	$(VENV)/bin/cmake --build build/address --parallel 2 --target test_simt topn_gating_simt
-	build/address/tests/simt/test_simt
+	build/address/simt/test_simt
 	CFLAGS="$(ADDRESS)" LDFLAGS="$(ADDRESS)" TOPN_GATING_CUDA=0 $(RUN) setup.py --quiet build \
 		--build-base build/address/python --build-lib build/address/site
 	cd build/address/site && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
@@ -49,14 +49,14 @@ sanitize: $(VENV)/installed
 		$(addprefix $(CURDIR)/,$(OPERATOR_TESTS))
 	$(CMAKE) -B build/thread -DTOPN_GATING_SANITIZE=thread -DTOPN_GATING_TORCH=
 	$(VENV)/bin/cmake --build build/thread --parallel 2 --target test_simt
-	build/thread/tests/simt/test_simt
+	build/thread/simt/test_simt
 
 ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
 PRELOAD := $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell gcc -print-file-name=$(library)))
 
 # The kernels under ThreadSanitizer; then each barrier of the CUDA kernels left out in turn: a test must fail.
 barriers:
-	$(PYTHON) tests/simt/delete_barriers.py
+	$(PYTHON) tests/kernels/delete_barriers.py
 
 # The package as a user installs it, imported from a folder that is not this one.
 install-check: $(VENV)/built
@@ -72,7 +72,7 @@ cuda-check: $(VENV)/installed
 		--target build/site-cuda . || { tail -n 60 build/ptxas.log; false; }
 	cd build/site-cuda && ../../$(RUN) -m topn_gating info
 	cd build/site-cuda && ../../$(RUN) -m pytest ../../tests/test_build.py
-	$(RUN) tests/ptxas_spills.py build/ptxas.log
+	$(RUN) tests/kernels/ptxas_spills.py build/ptxas.log
 else
 cuda-check:
 	@echo "make cuda-check: there is no nvcc on this machine, so the CUDA build was not checked."
@@ -88,7 +88,7 @@ $(VENV)/installed: requirements-dev.txt constraints.txt
 	$(PIP) install --no-deps zetascale==2.8.8
 	touch $@
 
-$(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc tests/simt -type f) \
+$(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc simt tests/kernels -type f) \
 		$(shell find benchmarks -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 	$(CMAKE) -B build/cmake
 	$(VENV)/bin/cmake --build build/cmake --parallel 2

@@ -138,7 +138,7 @@ class Problem:
     def arguments(self, name: str) -> dict:
         """The operator's arguments, by the names of its schema."""
         e, options = self.shape.e, {"eps": EPS, "noise_mult": 1.0, "soft": False}
-        given = {"noise": None, "padding_mask": None}
+        given = {"noise": None, "token_mask": None}
         if name == "gate":
             return {"logits": self.logits, "top_n": self.shape.k, "losses": True, **given, **options}
         if name == "gate_backward":
@@ -148,7 +148,7 @@ class Problem:
         if name == "assign":
             arguments = {"weight": self.weight, "expert": self.expert, "draws": self.draws, "threshold": self.threshold}
             sizes = {"num_gates": e, "capacity": self.capacity, "policy": POLICIES.index(POLICY), "eps": EPS}
-            return {**arguments, "padding_mask": None, **sizes}
+            return {**arguments, "token_mask": None, **sizes}
         if name == "assign_backward":
             return {"grad_kept": self.weight, "slot": self.slot}
         held = {"expert": self.expert, "slot": self.slot}
@@ -401,10 +401,10 @@ def sanitize(device: str) -> None:
                 calls += 1
             mask = torch.rand(shape.b, shape.n, device=device) < 0.7
             noise = torch.rand(problem.logits.shape, device=device)
-            extra = {"noise": noise, "padding_mask": mask, "soft": True}
+            extra = {"noise": noise, "token_mask": mask, "soft": True}
             for name in ("gate", "gate_backward"):
                 operator(name)(**problem.arguments(name) | extra)
-            operator("assign")(**problem.arguments("assign") | {"padding_mask": mask})
+            operator("assign")(**problem.arguments("assign") | {"token_mask": mask})
             calls += 3
     if device == "cuda":
         torch.cuda.synchronize()

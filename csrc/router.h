@@ -29,7 +29,7 @@ struct Gate {
   bool losses;  // false: importance, top_count and both losses are written as zeros
   const void* logits;         // (g, n, e)
   const void* noise;          // (g, n, e) Real, uniform in [0, 1), or null
-  const bool* padding_mask;   // (g, n), true where the token is real, or null
+  const bool* token_mask;   // (g, n), true where the token is real, or null
   void* weight;               // (g, n, k) Real
   int32_t* expert;            // (g, n, k)
   void* importance;           // (g, e) Real: mean over real tokens of the gates
@@ -51,7 +51,7 @@ struct GateBackward {
   const void* grad_router_z_loss;  // () Real
   const void* logits;
   const void* noise;
-  const bool* padding_mask;
+  const bool* token_mask;
   const int32_t* expert;     // (g, n, k); out of range: read as 0
   const int32_t* top_count;  // (g, e)
   void* grad_logits;         // (g, n, e), the dtype of the logits
@@ -68,7 +68,7 @@ struct Assign {
   const int32_t* expert;     // (g, n, k); out of range: not routed
   const void* draws;         // (g, n, k), null unless Random
   const void* threshold;     // (k), null unless Random or Threshold
-  const bool* padding_mask;  // (g, n) or null
+  const bool* token_mask;  // (g, n) or null
   void* kept;                // (g, n, k): weight, 0 where no slot is held
   int32_t* slot;             // (g, n, k)
   int32_t* source;           // (g, e, C): n * top_n + rank of the pair that holds the slot, -1 where empty

@@ -117,7 +117,7 @@ class GateCase:
             eps=self.eps,
             noise=None if self.noise is None else self.noise.double(),
             noise_mult=self.noise_mult,
-            padding_mask=self.mask,
+            token_mask=self.mask,
             differentiable_topk=self.soft,
         )
         real = torch.ones_like(expert[..., 0], dtype=torch.bool) if self.mask is None else self.mask
@@ -176,7 +176,7 @@ class AssignCase:
         """The reference in the weight's own type: the comparisons of SPEC step 7 are exact."""
         options = dict(vars(self))
         weight, expert, mask = (options.pop(name) for name in ("weight", "expert", "mask"))
-        return AssignResult(*reference.assign(weight, expert, padding_mask=mask, **options))
+        return AssignResult(*reference.assign(weight, expert, token_mask=mask, **options))
 
 
 def assign_case(

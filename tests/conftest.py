@@ -14,7 +14,7 @@ from topn_gating import ops
 settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=200, database=None)
 settings.load_profile("same every time")
 
-# What `make` builds of tests/simt; a machine with a GPU may do without.
+# What `make` builds of tests/kernels; a machine with a GPU may do without.
 SIMT = Path(os.environ.get("TOPN_GATING_SIMT", Path(__file__).parents[1] / "build/cmake/libtopn_gating_simt.so"))
 
 

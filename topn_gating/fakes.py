@@ -22,7 +22,7 @@ def _fake(function):
 
 
 @_fake
-def gate(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
+def gate(logits, noise, token_mask, top_n, eps, noise_mult, soft, losses):
     *lead, n, e = logits.shape
     dtype = real_dtype(logits.dtype)
     return (
@@ -36,12 +36,12 @@ def gate(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
 
 
 @_fake
-def gate_backward(gw, gi, gb, gz, logits, noise, padding_mask, expert, top_count, eps, noise_mult, soft):
+def gate_backward(gw, gi, gb, gz, logits, noise, token_mask, expert, top_count, eps, noise_mult, soft):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @_fake
-def assign(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
+def assign(weight, expert, draws, threshold, token_mask, num_gates, capacity, policy, eps):
     lead = weight.shape[:-2]
     return (
         weight.new_empty(weight.shape),

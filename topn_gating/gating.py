@@ -144,7 +144,7 @@ class TopNGating(nn.Module):
         noise_gates: bool = False,
         noise_mult: float = 1.0,
         *,
-        padding_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Routing:
         """The routing of tokens ``x``, in the compact form.
 
@@ -152,11 +152,11 @@ class TopNGating(nn.Module):
             x: ``(…, n, dim)``, any number of leading dimensions.
             noise_gates: adds Gumbel noise to the logits.
             noise_mult: its factor.
-            padding_mask: ``(…, n)`` bool, True where the token is real.
+            token_mask: ``(…, n)`` bool, True where the token is real.
 
         Raises:
-            TypeError: ``x`` or ``padding_mask`` is of the wrong type.
-            ValueError: ``x`` or ``padding_mask`` has the wrong shape or device.
+            TypeError: ``x`` or ``token_mask`` is of the wrong type.
+            ValueError: ``x`` or ``token_mask`` has the wrong shape or device.
         """
         check_floating("x", x)
         if x.dim() < 2 or x.shape[-1] != self.dim:
@@ -172,7 +172,7 @@ class TopNGating(nn.Module):
             eps=self.eps,
             noise_gates=noise_gates,
             noise_mult=noise_mult,
-            padding_mask=padding_mask,
+            token_mask=token_mask,
             differentiable_topk=self.differentiable_topk,
             differentiable_topk_fused=self.differentiable_topk_fused,
             straight_through=self.straight_through_dispatch_tensor,
@@ -186,7 +186,7 @@ class TopNGating(nn.Module):
         noise_gates: bool = False,
         noise_mult: float = 1.0,
         *,
-        padding_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``dispatch, combine, balance_loss, router_z_loss`` of tokens ``x``; arguments as :meth:`route`.
 
@@ -194,6 +194,6 @@ class TopNGating(nn.Module):
             ``dispatch`` and ``combine``, ``(…, n, e, C)`` of x's type, and the two losses, ``()`` in float32 (float64 for
             float64), which are 0 in eval mode.
         """
-        routing = self.route(x, noise_gates, noise_mult, padding_mask=padding_mask)
+        routing = self.route(x, noise_gates, noise_mult, token_mask=token_mask)
         dispatch, combine = routing.dense(x.dtype)
         return dispatch, combine, routing.balance_loss, routing.router_z_loss

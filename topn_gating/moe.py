@@ -177,13 +177,13 @@ class MoE(nn.Module):
         noise_gates: bool = False,
         noise_mult: float = 1.0,
         *,
-        padding_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> MixtureOfExpertsReturn:
         """``outputs, total_aux_loss, balance_loss, router_z_loss`` of tokens ``x`` ``(…, n, dim)``.
 
         Arguments as :meth:`TopNGating.route`. A token that every expert dropped has output 0: add the residual outside.
         """
-        routing = self.gate.route(x, noise_gates, noise_mult, padding_mask=padding_mask)
+        routing = self.gate.route(x, noise_gates, noise_mult, token_mask=token_mask)
         outputs = combine(self.experts(dispatch(x, routing)), routing)
         total_aux_loss = routing.balance_loss * self.balance_loss_coef + routing.router_z_loss * self.router_z_loss_coef
         return MixtureOfExpertsReturn(outputs, total_aux_loss, routing.balance_loss, routing.router_z_loss)

@@ -102,20 +102,20 @@ class Gate(Function):
     """``gate``: noise, softmax, stable top-n, weights, and the losses' sums (SPEC steps 3 to 6 and 10)."""
 
     @staticmethod
-    def forward(logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses):
-        return below_autograd(_ops.gate.default, logits, noise, padding_mask, top_n, eps, noise_mult, soft, losses)
+    def forward(logits, noise, token_mask, top_n, eps, noise_mult, soft, losses):
+        return below_autograd(_ops.gate.default, logits, noise, token_mask, top_n, eps, noise_mult, soft, losses)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, noise, padding_mask, _, ctx.eps, ctx.noise_mult, ctx.soft, ctx.losses = inputs
+        logits, noise, token_mask, _, ctx.eps, ctx.noise_mult, ctx.soft, ctx.losses = inputs
         _, expert, _, top_count, _, _ = output
-        ctx.save_for_backward(logits, noise, padding_mask, expert, top_count)
+        ctx.save_for_backward(logits, noise, token_mask, expert, top_count)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx, saved, grad_weight, _expert, grad_importance, _top_count, grad_balance_loss, grad_router_z_loss):
-        logits, noise, padding_mask, expert, top_count = saved
+        logits, noise, token_mask, expert, top_count = saved
         if not ctx.losses:  # constants
             grad_importance = grad_balance_loss = grad_router_z_loss = None
         grad_logits = _ops.gate_backward.default(
@@ -125,7 +125,7 @@ class Gate(Function):
             grad_router_z_loss,
             logits,
             noise,
-            padding_mask,
+            token_mask,
             expert,
             top_count,
             ctx.eps,
@@ -139,9 +139,9 @@ class Assign(Function):
     """``assign``: threshold masking and capacity assignment (SPEC steps 7 and 8)."""
 
     @staticmethod
-    def forward(weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps):
+    def forward(weight, expert, draws, threshold, token_mask, num_gates, capacity, policy, eps):
         return below_autograd(
-            _ops.assign.default, weight, expert, draws, threshold, padding_mask, num_gates, capacity, policy, eps
+            _ops.assign.default, weight, expert, draws, threshold, token_mask, num_gates, capacity, policy, eps
         )
 
     @staticmethod

@@ -54,7 +54,7 @@ def gate(
     eps: float = 1e-9,
     noise: Tensor | None = None,
     noise_mult: float = 1.0,
-    padding_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
     differentiable_topk: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``weight, expert (…, n, k), importance (…, e), balance_loss (), router_z_loss ()`` of logits ``(…, n, e)``."""
@@ -64,7 +64,7 @@ def gate(
     expert = s.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_n]
     weight = topn_weight(p, expert, eps, soft=differentiable_topk)
 
-    real = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if padding_mask is None else padding_mask
+    real = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if token_mask is None else token_mask
     importance = mean_over_real(p, real)
     density = mean_over_real(F.one_hot(expert[..., 0], z.shape[-1]).to(p.dtype), real)
     z_loss = torch.where(real, z.logsumexp(-1).square(), 0).sum() / real.sum().clamp(min=1)
@@ -93,7 +93,7 @@ def assign(
     draws: Tensor | None = None,
     threshold: Tensor | None = None,
     eps: float = 1e-9,
-    padding_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``kept weight, slot (…, n, k), source (…, e, C), demand (…, e)``: threshold masking, then the slots."""
     *lead, n, top_n = weight.shape
@@ -104,8 +104,8 @@ def assign(
     else:
         routed = torch.full_like(weight, policy == "all", dtype=torch.bool)
     routed = torch.cat([torch.ones_like(routed[..., :1]), routed[..., 1:]], -1)
-    if padding_mask is not None:
-        routed = routed & padding_mask.unsqueeze(-1)
+    if token_mask is not None:
+        routed = routed & token_mask.unsqueeze(-1)
 
     pairs = F.one_hot(expert.long(), num_gates) * routed.unsqueeze(-1)  # (…, n, k, e)
     earlier = pairs.cumsum(-3) - pairs
@@ -135,7 +135,7 @@ def route(
     eps: float = 1e-9,
     noise: Tensor | None = None,
     noise_mult: float = 1.0,
-    padding_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
     differentiable_topk: bool = False,
     straight_through: bool = True,
     balance_on: str = "routed",
@@ -148,7 +148,7 @@ def route(
         eps=eps,
         noise=noise,
         noise_mult=noise_mult,
-        padding_mask=padding_mask,
+        token_mask=token_mask,
         differentiable_topk=differentiable_topk,
     )
     kept, slot, source, demand = assign(
@@ -160,10 +160,10 @@ def route(
         draws=draws,
         threshold=threshold,
         eps=eps,
-        padding_mask=padding_mask,
+        token_mask=token_mask,
     )
     if balance_on == "kept":
-        real = torch.ones_like(slot[..., 0], dtype=torch.bool) if padding_mask is None else padding_mask
+        real = torch.ones_like(slot[..., 0], dtype=torch.bool) if token_mask is None else token_mask
         held = F.one_hot(expert[..., 0].long(), num_gates) * (slot[..., :1] >= 0)
         balance_loss = balance(importance, mean_over_real(held.to(importance.dtype), real))
     return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through)

@@ -104,7 +104,7 @@ def route(
     noise_mult: float = 1.0,
     noise: Tensor | None = None,
     draws: Tensor | None = None,
-    padding_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
     differentiable_topk: bool = False,
     differentiable_topk_fused: bool = True,
     straight_through: bool = True,
@@ -128,7 +128,7 @@ def route(
         noise: the uniform numbers in [0, 1) behind the Gumbel noise, shaped as ``logits``, float32 (float64 for float64
             logits); drawn by default. Given, it implies ``noise_gates``.
         draws: the uniform numbers of ``policy="random"``, ``(…, n, k)``, same type; drawn by default.
-        padding_mask: ``(…, n)`` bool, True where the token is real. Others take no slot and add to no loss.
+        token_mask: ``(…, n)`` bool, True where the token is real. Others take no slot and add to no loss.
         differentiable_topk: weights from the soft top-n (arXiv 1502.04759) in place of the gates.
         differentiable_topk_fused: the soft top-n in one kernel; False composes it of torch operations.
         straight_through: gives the dispatch tensor's gradient to the weights.
@@ -155,8 +155,8 @@ def route(
         capacity = expert_capacity(n, num_gates, capacity_factor, min_expert_capacity)
     else:
         check_count("capacity", capacity)
-    if padding_mask is not None:
-        check_tensor("padding_mask", padding_mask, (*lead, n), torch.bool, logits.device)
+    if token_mask is not None:
+        check_tensor("token_mask", token_mask, (*lead, n), torch.bool, logits.device)
 
     if noise is not None:
         check_tensor("noise", noise, logits.shape, real, logits.device)
@@ -173,7 +173,7 @@ def route(
 
     fused = differentiable_topk and differentiable_topk_fused
     weight, expert, importance, _, balance_loss, router_z_loss = ops.apply(
-        "gate", logits, noise, padding_mask, top_n, eps, noise_mult, fused, losses
+        "gate", logits, noise, token_mask, top_n, eps, noise_mult, fused, losses
     )
     if differentiable_topk and not fused:
         weight = _composed_soft_weight(logits, noise, noise_mult, expert, eps)
@@ -183,14 +183,14 @@ def route(
         expert,
         draws if policy == "random" else None,
         threshold,
-        padding_mask,
+        token_mask,
         num_gates,
         capacity,
         ops.POLICIES.index(policy),
         eps,
     )
     if losses and balance_on == "kept":
-        balance_loss = _balance_on_kept(importance, source, top_n, n, padding_mask)
+        balance_loss = _balance_on_kept(importance, source, top_n, n, token_mask)
     return Routing(expert, kept, slot, source, demand, balance_loss, router_z_loss, straight_through)
 
 
@@ -235,10 +235,10 @@ def _composed_soft_weight(logits: Tensor, noise: Tensor | None, noise_mult: floa
     return topn_weight(scores.softmax(-1), expert, eps, soft=True)
 
 
-def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, n: int, padding_mask: Tensor | None) -> Tensor:
+def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, n: int, token_mask: Tensor | None) -> Tensor:
     kept = ((source >= 0) & (source % top_n == 0)).sum(-1)  # rank-0 pairs that hold a slot of the expert
-    tokens = n if padding_mask is None else padding_mask.sum(-1, keepdim=True)
-    product = importance * kept / (max(tokens, 1) if padding_mask is None else tokens.clamp(min=1))
+    tokens = n if token_mask is None else token_mask.sum(-1, keepdim=True)
+    product = importance * kept / (max(tokens, 1) if token_mask is None else tokens.clamp(min=1))
     return product.sum() * (product.shape[-1] ** 2 / max(product.numel(), 1))
 
 

@@ -32,7 +32,7 @@ Args logits_of(Call& call, const Problem& p) {
   a.noise_mult = p.noise_mult;
   call.reads(a.logits, p.logits);
   call.reads(a.noise, p.noise);
-  call.reads(a.padding_mask, p.mask);
+  call.reads(a.token_mask, p.mask);
   return a;
 }
 
@@ -80,7 +80,7 @@ void assign(Call& call, const Problem& p) {
   call.reads(a.expert, p.expert);
   call.reads(a.draws, p.draws);
   call.reads(a.threshold, p.threshold);
-  call.reads(a.padding_mask, p.mask);
+  call.reads(a.token_mask, p.mask);
   const Slots slots = reference_assign(p);
   call.writes(a.kept, "kept", p.real, p.pairs, {}, listed(slots.kept));
   call.writes(a.slot, "slot", Type::I32, p.pairs, {}, listed(slots.slot));

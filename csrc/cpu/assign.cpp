@@ -64,7 +64,7 @@ void count(const Assign& a, const Tile& tile) {
   mark<Real>(a, tile);
   std::fill_n(tile.counts, a.top_n * a.experts, 0);
   for (int64_t token = tile.first; token < tile.last; ++token) {
-    const bool real = a.padding_mask == nullptr || a.padding_mask[token];
+    const bool real = a.token_mask == nullptr || a.token_mask[token];
     for (int64_t k = 0; k < a.top_n; ++k) {
       const int64_t pair = token * a.top_n + k;
       const int32_t e = a.expert[pair], known = -int32_t(uint32_t(e) < uint64_t(a.experts));

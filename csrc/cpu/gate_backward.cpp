@@ -8,7 +8,7 @@ namespace {
 
 // Real tokens of the groups, 1 if there are none.
 double real_tokens(const GateBackward& a, int64_t first, int64_t last) {
-  if (a.padding_mask == nullptr) return std::max(double((last - first) * a.tokens), 1.0);
+  if (a.token_mask == nullptr) return std::max(double((last - first) * a.tokens), 1.0);
   double real = 0;
   for (int64_t i = first * a.experts; i < last * a.experts; ++i) real += a.top_count[i];
   return std::max(real, 1.0);

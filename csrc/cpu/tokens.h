@@ -60,7 +60,7 @@ struct Tokens {
   // Lanes that have a real token: all bits set.
   Key real() const {
     Key mask{};
-    for (int l = 0; l < count; ++l) mask[l] = a.padding_mask == nullptr || a.padding_mask[first + l] ? -1 : 0;
+    for (int l = 0; l < count; ++l) mask[l] = a.token_mask == nullptr || a.token_mask[first + l] ? -1 : 0;
     return mask;
   }
 

@@ -56,7 +56,7 @@ struct Block {
     const int64_t at = group * task.pairs + pair.of_group;
     const int64_t expert = a.expert[at];
     if (expert < 0 || expert >= a.experts) return kNoBin;
-    if (a.padding_mask != nullptr && !a.padding_mask[group * a.tokens + pair.token]) return kNoBin;
+    if (a.token_mask != nullptr && !a.token_mask[group * a.tokens + pair.token]) return kNoBin;
     return is_routed<Real>(a, at, pair.rank) ? pair.rank * a.experts + expert : kNoBin;
   }
 

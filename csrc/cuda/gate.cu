@@ -142,7 +142,7 @@ __device__ __forceinline__ void gate_tile(const GateTask& task, int64_t index) {
         lanes.load(logits_of<T>(a, token), task.tiles.wide, z);
         chosen.lse = softmax(lanes, z);
       }
-      const bool real = a.padding_mask == nullptr || a.padding_mask[token];
+      const bool real = a.token_mask == nullptr || a.token_mask[token];
       if (rows.live && real) sums.add(s, chosen.expert, value_of(chosen.lse));
     }
     if constexpr (!kSorted<Lanes>) {

@@ -17,7 +17,7 @@ constexpr int64_t kRealBytes = 16;  // that `real` takes of the workspace
 // Real tokens of a group, 1 if there are none.
 __device__ __forceinline__ double real_tokens(const GateBackward& a, int64_t group) {
   double real = double(a.tokens);
-  if (a.padding_mask != nullptr) {
+  if (a.token_mask != nullptr) {
     int count = 0;
     for (int64_t e = lane_id(); e < a.experts; e += kWarp) count += a.top_count[group * a.experts + e];
     real = warp_add(count);
@@ -66,13 +66,13 @@ class Gradient {
       importance_[i] = R(sum * share);
     }
     z_scale_ = a_.grad_router_z_loss == nullptr ? 0.0 : 2.0 * double(*static_cast<const Real*>(a_.grad_router_z_loss));
-    if (z_scale_ != 0) z_scale_ /= a_.padding_mask == nullptr ? double(a_.groups * a_.tokens) : *task_.real;
+    if (z_scale_ != 0) z_scale_ /= a_.token_mask == nullptr ? double(a_.groups * a_.tokens) : *task_.real;
   }
 
   // From the token's scores.
   __device__ __forceinline__ void token(int64_t token, bool live) {
-    const bool real = a_.padding_mask == nullptr || a_.padding_mask[token];
-    const bool blank = a_.padding_mask != nullptr && !has_gradient(token) && !real;
+    const bool real = a_.token_mask == nullptr || a_.token_mask[token];
+    const bool blank = a_.token_mask != nullptr && !has_gradient(token) && !real;
     auto lse = softmax(lanes, s);
     if (a_.grad_weight == nullptr) {
       clear(grad_p_);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kBlockThreads<Lanes>, kResidentBlocks<Lanes>) 
   }
 }
 
-bool counts_real(const GateBackward& a) { return a.grad_router_z_loss != nullptr && a.padding_mask != nullptr; }
+bool counts_real(const GateBackward& a) { return a.grad_router_z_loss != nullptr && a.token_mask != nullptr; }
 
 template <class T, class Lanes>
 GateBackwardTask task_of(const GateBackward& a, T* /*element*/, Lanes* /*lanes*/) {

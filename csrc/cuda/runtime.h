@@ -1,4 +1,4 @@
-// The CUDA runtime, or what stands for it where the kernels run on the host (tests/simt).
+// The CUDA runtime, or what stands for it where the kernels run on the host (simt).
 #pragma once
 
 #ifdef TOPN_SIMT_HOST

@@ -1,5 +1,5 @@
 // Launches, and what the threads of a warp do together: the only header of the device that kernels include. nvcc compiles it
-// for the GPU; g++, with the host header of tests/simt in place of the CUDA runtime, for a run on the CPU.
+// for the GPU; g++, with the host header of simt in place of the CUDA runtime, for a run on the CPU.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@ namespace topn_gating::binding {
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Tensor& expert,
                                                   const std::optional<Tensor>& draws, const std::optional<Tensor>& threshold,
-                                                  const std::optional<Tensor>& padding_mask, int64_t num_gates,
+                                                  const std::optional<Tensor>& token_mask, int64_t num_gates,
                                                   int64_t capacity, int64_t policy, double eps) {
   const Backend backend(weight);
   const Assignment s = sizes_of("weight", weight, num_gates, capacity);
@@ -37,12 +37,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Te
   const Tensor chosen = take("expert", expert, weight, shape, ScalarType::Int);
   const auto u = take("draws", draws, weight, shape, type);
   const auto least = take("threshold", threshold, weight, {s.top_n}, type);
-  const auto mask = take("padding_mask", padding_mask, weight, with_last(shape, 1, {}), ScalarType::Bool);
+  const auto mask = take("token_mask", token_mask, weight, with_last(shape, 1, {}), ScalarType::Bool);
   a.weight = pointer(w);
   a.expert = pointer<int32_t>(chosen);
   a.draws = pointer(u);
   a.threshold = pointer(least);
-  a.padding_mask = pointer<bool>(mask);
+  a.token_mask = pointer<bool>(mask);
 
   const Tensor kept = make(weight, shape, type);
   const Tensor slot = make(weight, shape, ScalarType::Int);

@@ -28,7 +28,7 @@ Args gate_sizes(const Tensor& logits, int64_t top_n, double eps, double noise_mu
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
-    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& padding_mask, int64_t top_n,
+    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& token_mask, int64_t top_n,
     double eps, double noise_mult, bool soft, bool losses) {
   const Backend backend(logits);
   Gate a = gate_sizes<Gate>(logits, top_n, eps, noise_mult, soft);
@@ -38,10 +38,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   a.losses = losses;
   const Tensor z = take("logits", logits, logits, shape, type);
   const auto u = take("noise", noise, logits, shape, real(type));
-  const auto mask = take("padding_mask", padding_mask, logits, with_last(shape, 1, {}), ScalarType::Bool);
+  const auto mask = take("token_mask", token_mask, logits, with_last(shape, 1, {}), ScalarType::Bool);
   a.logits = pointer(z);
   a.noise = pointer(u);
-  a.padding_mask = pointer<bool>(mask);
+  a.token_mask = pointer<bool>(mask);
 
   const Tensor weight = make(logits, with_last(shape, 1, {top_n}), real(type));
   const Tensor expert = make(logits, with_last(shape, 1, {top_n}), ScalarType::Int);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
 template <class Backend>
 Tensor gate_backward(const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_importance,
                      const std::optional<Tensor>& grad_balance_loss, const std::optional<Tensor>& grad_router_z_loss,
-                     const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& padding_mask,
+                     const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& token_mask,
                      const Tensor& expert, const Tensor& top_count, double eps, double noise_mult, bool soft) {
   const Backend backend(logits);
   STD_TORCH_CHECK(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)");
@@ -80,7 +80,7 @@ Tensor gate_backward(const std::optional<Tensor>& grad_weight, const std::option
   const auto gz = take("grad_router_z_loss", grad_router_z_loss, logits, {}, real(type));
   const Tensor z = take("logits", logits, logits, shape, type);
   const auto u = take("noise", noise, logits, shape, real(type));
-  const auto mask = take("padding_mask", padding_mask, logits, with_last(shape, 1, {}), ScalarType::Bool);
+  const auto mask = take("token_mask", token_mask, logits, with_last(shape, 1, {}), ScalarType::Bool);
   const Tensor chosen = take("expert", expert, logits, weights, ScalarType::Int);
   const Tensor count = take("top_count", top_count, logits, sums, ScalarType::Int);
   a.grad_weight = pointer(gw);
@@ -89,7 +89,7 @@ Tensor gate_backward(const std::optional<Tensor>& grad_weight, const std::option
   a.grad_router_z_loss = pointer(gz);
   a.logits = pointer(z);
   a.noise = pointer(u);
-  a.padding_mask = pointer<bool>(mask);
+  a.token_mask = pointer<bool>(mask);
   a.expert = pointer<int32_t>(chosen);
   a.top_count = pointer<int32_t>(count);
   const Tensor grad_logits = make(logits, shape, type);

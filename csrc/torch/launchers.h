@@ -1,5 +1,5 @@
 // The launchers of the CUDA kernels as a backend's `workspace_bytes` and `run`, on the GPU and where the kernels run on the
-// host (tests/simt).
+// host (simt).
 #pragma once
 
 #include "cuda/launch.h"

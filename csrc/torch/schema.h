@@ -3,19 +3,19 @@
 
 namespace topn_gating::binding {
 
-// `m` is what STABLE_TORCH_LIBRARY hands out: the host-run CUDA kernels of tests/simt have a library of their own.
+// `m` is what STABLE_TORCH_LIBRARY hands out: the host-run CUDA kernels of simt have a library of their own.
 template <class Library>
 void define_operators(Library& m) {
   m.def(
-      "gate(Tensor logits, Tensor? noise, Tensor? padding_mask, int top_n, float eps, float noise_mult, bool soft, "
+      "gate(Tensor logits, Tensor? noise, Tensor? token_mask, int top_n, float eps, float noise_mult, bool soft, "
       "bool losses) -> (Tensor weight, Tensor expert, Tensor importance, Tensor top_count, Tensor balance_loss, "
       "Tensor router_z_loss)");
   m.def(
       "gate_backward(Tensor? grad_weight, Tensor? grad_importance, Tensor? grad_balance_loss, "
-      "Tensor? grad_router_z_loss, Tensor logits, Tensor? noise, Tensor? padding_mask, Tensor expert, Tensor top_count, "
+      "Tensor? grad_router_z_loss, Tensor logits, Tensor? noise, Tensor? token_mask, Tensor expert, Tensor top_count, "
       "float eps, float noise_mult, bool soft) -> Tensor grad_logits");
   m.def(
-      "assign(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? padding_mask, int num_gates, "
+      "assign(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, int num_gates, "
       "SymInt capacity, int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand)");
   m.def("assign_backward(Tensor grad_kept, Tensor slot) -> Tensor grad_weight");
   m.def(

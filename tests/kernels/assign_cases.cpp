@@ -48,7 +48,7 @@ void run_assign(Suite& suite, const AssignCase& c, Policy policy, bool is_double
   a.expert = expert.as<const int32_t>();
   a.draws = policy == Policy::Random ? draws.data() : nullptr;
   a.threshold = policy == Policy::Random || policy == Policy::Threshold ? threshold.data() : nullptr;
-  a.padding_mask = c.mask ? mask.as<const bool>() : nullptr;
+  a.token_mask = c.mask ? mask.as<const bool>() : nullptr;
   Trial<Assign> trial(a, false);
   trial.output("kept", &Assign::kept, real, pairs);
   trial.output("slot", &Assign::slot, Type::I32, pairs);

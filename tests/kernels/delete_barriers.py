@@ -56,7 +56,7 @@ def number_barriers(folder):
 def compile_all(folder):
     """Compiles both programs."""
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-w", "-Wno-psabi"]
-    includes = [f"-I{folder}/csrc", f"-I{ROOT}/tests/simt", f"-I{BUFFER.parent}"]
+    includes = [f"-I{folder}/csrc", f"-I{ROOT}/simt", f"-I{BUFFER.parent}"]
     host = ["-DTOPN_SIMT_HOST", *includes, "-include", str(folder / "deleted.h")]
     commands = []
     objects = {tool: [] for tool in TOOLS}
@@ -74,10 +74,10 @@ def compile_all(folder):
             add(f"{tool}.{source.stem}", [tool], [*host, *flags, "-x", "c++", str(source)])
     for tool, flags in TOOLS.items():
         for name in TESTS:
-            add(f"{tool}.{name}", [tool], [*host, *flags, str(ROOT / f"tests/simt/{name}.cpp")])
+            add(f"{tool}.{name}", [tool], [*host, *flags, str(ROOT / f"tests/kernels/{name}.cpp")])
         add(f"{tool}.{BUFFER.stem}", [tool], [*host, *flags, str(BUFFER)])
     for name in SCHEDULER:
-        add(name, TOOLS, [*host, str(ROOT / f"tests/simt/{name}.cpp")])
+        add(name, TOOLS, [*host, str(ROOT / f"simt/{name}.cpp")])
     for name in CPU:
         add(f"cpu.{name}", TOOLS, [f"-I{folder}/csrc", str(folder / f"csrc/cpu/{name}.cpp")])
     add("deleted", TOOLS, [str(folder / "deleted.cpp")])

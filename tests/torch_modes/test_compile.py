@@ -24,14 +24,14 @@ def inputs(tokens=20, top_n=TOP_N):
         "weight": torch.randn(EXPERTS, DIM, requires_grad=True),
         "noise": torch.rand(2, tokens, EXPERTS),
         "draws": torch.rand(2, tokens, top_n),
-        "padding_mask": torch.rand(2, tokens) < 0.8,
+        "token_mask": torch.rand(2, tokens) < 0.8,
     }
 
 
-def full_path(x, weight, noise, draws, padding_mask, **options):
+def full_path(x, weight, noise, draws, token_mask, **options):
     """route, dispatch, an expert and combine, with every input that they take."""
     routing = topn_gating.route(
-        F.linear(x, weight), TOP_N, noise=noise, noise_mult=0.3, draws=draws, padding_mask=padding_mask, **options
+        F.linear(x, weight), TOP_N, noise=noise, noise_mult=0.3, draws=draws, token_mask=token_mask, **options
     )
     out = topn_gating.combine(torch.tanh(topn_gating.dispatch(x, routing)), routing)
     return out, routing.balance_loss, routing.router_z_loss, routing.slot, routing.source, routing.drop_fraction
@@ -150,8 +150,8 @@ class FullPath(torch.nn.Module):
         super().__init__()
         self.gate = gate()
 
-    def forward(self, x, padding_mask):
-        routing = self.gate.route(x, padding_mask=padding_mask)
+    def forward(self, x, token_mask):
+        routing = self.gate.route(x, token_mask=token_mask)
         return topn_gating.combine(topn_gating.dispatch(x, routing), routing), routing.balance_loss, routing.slot
 
 
@@ -159,7 +159,7 @@ class FullPath(torch.nn.Module):
 def test_export(training):
     module, tensors = FullPath().train(training), inputs()
     module.gate.policy_eval = "threshold"
-    args = tensors["x"].detach(), tensors["padding_mask"]
+    args = tensors["x"].detach(), tensors["token_mask"]
     exported = export(module, args)
     assert any("topn_gating" in str(node.target) for node in exported.graph.nodes)
     assert_same(exported.module()(*args), module(*args))
@@ -168,11 +168,11 @@ def test_export(training):
 def test_export_for_any_number_of_tokens():
     module, tokens = FullPath(), Dim("tokens", min=8, max=4096)
     tensors = inputs()
-    shapes = {"x": {1: tokens}, "padding_mask": {1: tokens}}
-    exported = export(module, (tensors["x"].detach(), tensors["padding_mask"]), dynamic_shapes=shapes).module()
+    shapes = {"x": {1: tokens}, "token_mask": {1: tokens}}
+    exported = export(module, (tensors["x"].detach(), tensors["token_mask"]), dynamic_shapes=shapes).module()
     for length in LENGTHS:
         tensors = inputs(length)
-        args = tensors["x"].detach(), tensors["padding_mask"]
+        args = tensors["x"].detach(), tensors["token_mask"]
         assert_same(exported(*args), module(*args))
 
 
@@ -194,8 +194,8 @@ def test_meta_tensors_have_the_shapes_and_types_of_real_ones(make, router_dtype)
         assert (m.shape, m.dtype, m.device.type) == (t.shape, t.dtype, "meta")
 
 
-def loss(x, weight, noise, draws, padding_mask):
-    out, balance_loss, z_loss, *_ = full_path(x, weight, noise, draws, padding_mask)
+def loss(x, weight, noise, draws, token_mask):
+    out, balance_loss, z_loss, *_ = full_path(x, weight, noise, draws, token_mask)
     return out.square().sum() + balance_loss + z_loss
 
 

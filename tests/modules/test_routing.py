@@ -29,7 +29,7 @@ def test_routing_properties():
 
 
 def test_drop_fraction_of_nothing_is_zero():
-    assert some_routing(padding_mask=torch.zeros(2, 24, dtype=torch.bool)).drop_fraction == 0
+    assert some_routing(token_mask=torch.zeros(2, 24, dtype=torch.bool)).drop_fraction == 0
 
 
 def test_routing_repr():

@@ -19,7 +19,7 @@ def setting(dtype=torch.float32, **options):
 def everything(gate, x, *, seed=1, mask=None, leaves=None):
     """All that the package computes from x: dense form, compact path, losses, and the gradients of ``leaves``."""
     torch.manual_seed(seed)
-    routing = gate.route(x, True, 0.5, padding_mask=mask)
+    routing = gate.route(x, True, 0.5, token_mask=mask)
     dispatch, combine = routing.dense(x.dtype)
     expert_inputs = topn_gating.dispatch(x, routing)
     out = topn_gating.combine(2 * expert_inputs, routing)
@@ -112,7 +112,7 @@ def test_no_argument_is_written_to():
     before, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
     for policy in ("random", "threshold", "all", "none"):
         routing = topn_gating.route(
-            logits, 3, capacity=30, policy=policy, threshold=threshold, noise=noise, draws=draws, padding_mask=mask
+            logits, 3, capacity=30, policy=policy, threshold=threshold, noise=noise, draws=draws, token_mask=mask
         )
         fields = [t.detach().clone() for t in routing[:-1]]
         out = topn_gating.combine(y, routing).sum() + topn_gating.dispatch(x, routing).square().sum()

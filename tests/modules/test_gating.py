@@ -32,7 +32,7 @@ def oracle(gate, x, *, seed, noise_mult=None, mask=None):
         draws=torch.rand((*x.shape[:-1], gate.top_n), dtype=DOUBLE) if policy == "random" else None,
         threshold=getattr(gate, f"threshold_{mode}"),
         eps=gate.eps,
-        padding_mask=mask,
+        token_mask=mask,
         differentiable_topk=gate.differentiable_topk,
         straight_through=gate.straight_through_dispatch_tensor,
         balance_on=gate.balance_on,
@@ -179,7 +179,7 @@ def test_padding_is_as_if_it_were_not_there(balance_on, policy):
     logits[~mask] = torch.nan
     draws, noise = torch.rand(4, 24, top_n, dtype=DOUBLE), torch.rand(4, 24, num_gates, dtype=DOUBLE)
     options = {"top_n": top_n, "capacity": slots, "policy": policy, "balance_on": balance_on, "noise_mult": 0.3}
-    actual = route(logits, threshold=0.3, draws=draws, noise=noise, padding_mask=mask, **options)
+    actual = route(logits, threshold=0.3, draws=draws, noise=noise, token_mask=mask, **options)
 
     assert (actual.slot[~mask] == -1).all()
     assert (actual.weight[~mask] == 0).all()
@@ -209,7 +209,7 @@ def test_padding_gets_no_gradient_and_no_output():
     gate = TopNGating(6, 4, top_n=2, policy_train="all", dtype=DOUBLE)
     x = torch.randn(2, 12, 6, dtype=DOUBLE, requires_grad=True)
     mask = torch.rand(2, 12) < 0.6
-    dispatch, combine, balance_loss, z_loss = gate(x, padding_mask=mask)
+    dispatch, combine, balance_loss, z_loss = gate(x, token_mask=mask)
     assert not dispatch[~mask].any()
     assert not combine[~mask].any()
     (grad,) = gradients((dispatch, combine, balance_loss, z_loss), x)
@@ -219,7 +219,7 @@ def test_padding_gets_no_gradient_and_no_output():
 
 def test_nothing_but_padding():
     gate, x = TopNGating(6, 4), torch.randn(2, 5, 6, requires_grad=True)
-    dispatch, combine, balance_loss, z_loss = gate(x, padding_mask=torch.zeros(2, 5, dtype=torch.bool))
+    dispatch, combine, balance_loss, z_loss = gate(x, token_mask=torch.zeros(2, 5, dtype=torch.bool))
     assert not dispatch.any()
     assert not combine.any()
     assert balance_loss == z_loss == 0
@@ -232,9 +232,9 @@ def test_leading_dimensions(lead):
     gate = TopNGating(6, 4, top_n=3, policy_train="threshold", dtype=DOUBLE)
     x = torch.randn(*lead, 10, 6, dtype=DOUBLE)
     mask = torch.rand(*lead, 10) < 0.8
-    flat = gate(x.reshape(-1, 10, 6), padding_mask=mask.reshape(-1, 10))
+    flat = gate(x.reshape(-1, 10, 6), token_mask=mask.reshape(-1, 10))
     expected = [t.reshape(*lead, *t.shape[1:]) for t in flat[:2]]
-    torch.testing.assert_close(gate(x, padding_mask=mask), (*expected, *flat[2:]), rtol=0, atol=0)
+    torch.testing.assert_close(gate(x, token_mask=mask), (*expected, *flat[2:]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -283,8 +283,8 @@ def test_strided_input():
     torch.testing.assert_close(gate(x), gate(x.contiguous()))
     logits, mask = torch.randn(2, 4, 10).mT, (torch.rand(10, 2) < 0.5).T
     for actual, expected in zip(
-        route(logits, policy="all", padding_mask=mask),
-        route(logits.contiguous(), policy="all", padding_mask=mask.contiguous()),
+        route(logits, policy="all", token_mask=mask),
+        route(logits.contiguous(), policy="all", token_mask=mask.contiguous()),
         strict=True,
     ):
         assert actual is expected or torch.equal(actual, expected)

@@ -203,11 +203,11 @@ def test_activation_checkpointing(moe, x, use_reentrant):
 def test_padding(moe, x):
     moe.gate.policy_train = "all"
     mask = torch.rand(2, 20) < 0.6
-    (outputs, *losses), grad = run(moe, x, padding_mask=mask)
+    (outputs, *losses), grad = run(moe, x, token_mask=mask)
     assert not outputs[~mask].any()
     assert not grad[~mask].any()
     other = torch.where(mask.unsqueeze(-1), x, 1e3 * torch.randn(x.shape))
-    torch.testing.assert_close(run(moe, other, padding_mask=mask), ([outputs, *losses], grad), rtol=0, atol=0)
+    torch.testing.assert_close(run(moe, other, token_mask=mask), ([outputs, *losses], grad), rtol=0, atol=0)
 
 
 def test_training_lowers_the_loss(moe, x):

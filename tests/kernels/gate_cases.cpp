@@ -78,7 +78,7 @@ struct GateInputs {
     a.soft = c.soft;
     a.logits = logits.data();
     a.noise = c.noise ? noise.data() : nullptr;
-    a.padding_mask = c.mask ? mask.as<const bool>() : nullptr;
+    a.token_mask = c.mask ? mask.as<const bool>() : nullptr;
     return a;
   }
 };

@@ -49,7 +49,7 @@ def test_bench_outside_the_source_tree_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_bench_script_is_where_the_command_looks():
-    assert Path(__file__).parents[1] / "benchmarks" / "peers.py" == cli.PEERS
+    assert Path(__file__).parents[2] / "benchmarks" / "peers.py" == cli.PEERS
 
 
 def test_demo_without_its_packages_says_how_to_get_them(monkeypatch, capsys):

@@ -142,7 +142,7 @@ def test_route_waits_for_nothing(options, no_waiting):
     logits = torch.randn(GROUPS, TOKENS, EXPERTS, device="cuda", requires_grad=True)
     mask = torch.rand(GROUPS, TOKENS, device="cuda") < 0.7
     no_waiting()
-    routing = topn_gating.route(logits, TOP_N, padding_mask=mask, **options)
+    routing = topn_gating.route(logits, TOP_N, token_mask=mask, **options)
     torch.autograd.grad([routing.weight.sum(), routing.balance_loss, routing.router_z_loss], logits, [None] * 3)
 
 

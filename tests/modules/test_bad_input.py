@@ -114,11 +114,11 @@ def test_x(method, x, error, fragments):
         (torch.ones(2, 6, dtype=torch.bool, device="meta"), ValueError, ["cpu", "meta"]),
     ],
 )
-def test_padding_mask(mask, error, fragments):
+def test_token_mask(mask, error, fragments):
     for call in (gate(), gate().route, MoE(8, 4)):
         with pytest.raises(error) as caught:
-            call(torch.zeros(2, 6, 8), padding_mask=mask)
-        assert all(fragment in str(caught.value) for fragment in ["padding_mask", *fragments])
+            call(torch.zeros(2, 6, 8), token_mask=mask)
+        assert all(fragment in str(caught.value) for fragment in ["token_mask", *fragments])
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_a_refused_call_draws_nothing_and_leaves_the_gate_as_it_is():
     before, state = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
     with pytest.raises(ValueError, match="x must"):
         module(torch.zeros(2, 6, 7), noise_gates=True)
-    with pytest.raises(ValueError, match="padding_mask must"):
-        module(torch.zeros(2, 6, 8), padding_mask=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="token_mask must"):
+        module(torch.zeros(2, 6, 8), token_mask=torch.ones(3, dtype=torch.bool))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
