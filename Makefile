@@ -14,13 +14,13 @@ CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))
 .PHONY: demo test bench router-bench lint kernels sanitize barriers install-check cuda-check clean
 
 demo: $(VENV)/built
-	$(RUN) -m topn_gating demo $(ARGS)
+	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
 
 test: $(VENV)/built $(VENV)/kernels lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 bench: $(VENV)/built
-	$(RUN) -m topn_gating bench $(ARGS)
+	PYTHONPATH=. $(RUN) benchmarks/peers $(ARGS)
 
 # Every kernel without torch, beside the machine's bandwidth. Needs Google Benchmark (Debian: libbenchmark-dev).
 router-bench: $(VENV)/kernels

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from contenders import EPS, Ours, Problem
+from peers.contenders import EPS, Ours, Problem
 from rich.console import Console
 from rich.table import Table
 from shapes import Shape

@@ -1,5 +1,6 @@
 """The build: what it says without torch, and what it tells of itself."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import topn_gating
+from topn_gating import __main__ as cli
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = [name + suffix for name in topn_gating.ops.FUNCTIONS for suffix in ("", "_backward")]
@@ -65,6 +67,27 @@ def test_build_info():
         assert re.fullmatch(r"\d+\.\d+", info["cuda"])
         assert info["cuda_architectures"]
         assert all(re.fullmatch(r"(sm|compute)_\d+[a-z]?", name) for name in info["cuda_architectures"])
+
+
+@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
+def test_info_prints_the_build(rich, monkeypatch, capsys):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in topn_gating.build_info())
+    assert topn_gating.build_info()["compiler"] in out
+    assert topn_gating.__version__ in out
+
+
+@pytest.mark.parametrize(("arguments", "said"), [([], "command"), (["info", "--rounds"], "--rounds"), (["demo"], "demo")])
+def test_info_is_the_only_command(arguments, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["CPU", "CUDA"])

@@ -4,9 +4,9 @@ import itertools
 from typing import NamedTuple
 
 import torch
+from memory import memory_changes, peak_bytes
 
 import topn_gating
-from topn_gating.demo.cost import memory_changes
 
 DIM, EXPERTS, TOP_N = 4, 16, 4
 CONSTANT = 4096  # bytes that may come on top, for any number of tokens
@@ -66,3 +66,13 @@ def test_memory_of_the_compact_path_is_linear_to_a_million_tokens():
 def test_the_dense_path_is_not_linear():
     found = growth(dense, [1 << i for i in range(9, 13)])
     assert all(after.peak > 3 * before.peak + CONSTANT for before, after in itertools.pairwise(found))
+
+
+def test_peak_is_the_most_that_was_held_at_once():
+    def two_at_a_time():
+        for _ in range(3):
+            a = torch.empty(1000, dtype=torch.uint8)
+            b = torch.empty(5000, dtype=torch.uint8)
+            del a, b
+
+    assert peak_bytes(two_at_a_time) == 6000

@@ -1,20 +1,20 @@
-"""benchmarks/peers.py and overhead.py on tiny shapes: who is compared, what is said of the others, table, picture."""
+"""benchmarks/peers and overhead.py on tiny shapes: who is compared, what is said of the others, table, picture."""
 
 import json
 
-import harness
 import pytest
 import torch
-from contenders import Contender, Ours, Problem, compiled
-from dense_peers import StMoe, Zeta
-from flat_peers import DeepSpeedDense, DeepSpeedSparse, Megatron
-from plain_torch import PlainTorch
+from peers import harness
+from peers.contenders import Contender, Ours, Problem, compiled
+from peers.dense_peers import StMoe, Zeta
+from peers.flat_peers import DeepSpeedDense, DeepSpeedSparse, Megatron
+from peers.plain_torch import PlainTorch
 from shapes import Shape
 
 pytest.importorskip("st_moe_pytorch")
 pytest.importorskip("rich")
 import overhead
-import peers
+from peers import run as peers_run
 
 FLAT = [DeepSpeedSparse, DeepSpeedDense, Megatron]
 SHAPES = ["1,60,16,4,2", "2,40,16,8,3"]
@@ -38,7 +38,7 @@ def bench(tmp_path):
     def run(*arguments, names, shapes=SHAPES):
         files = ["--json", str(tmp_path / "cells.json"), "--markdown", str(tmp_path / "table.md")]
         always = ["--malloc", "default", "--rounds", "2", "--threads", "1", "--shapes", *shapes, "--peers", *names]
-        peers.main([*always, *files, *arguments])
+        peers_run.main([*always, *files, *arguments])
         cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
         return cells, (tmp_path / "table.md").read_text()
 
@@ -74,7 +74,7 @@ def test_table_has_every_metric_of_every_contender(bench, capsys):
     assert "dtype" in printed.split(f"{StMoe.name} fails: ")[1].splitlines()[0]  # the reason, once
     assert printed.count(f"{StMoe.name} fails: ") == 1
     rows = [line.split("|")[1].strip() for line in markdown.splitlines() if line.startswith("| ")]
-    names = [Ours.name, StMoe.name, PlainTorch.name, peers.Products.name, peers.Zeros.name]
+    names = [Ours.name, StMoe.name, PlainTorch.name, peers_run.Products.name, peers_run.Zeros.name]
     assert [row for row in rows if row in names] == names * 4
     assert sum(row.startswith("**b=") for row in rows) == 4
 
@@ -86,12 +86,12 @@ def test_missing_peers_are_named(bench, capsys, monkeypatch):
     monkeypatch.setattr(Megatron, "load", missing)
     cells, markdown = bench("--metrics", harness.GATE, "--dtypes", "float32", names=[Megatron.name])
     assert f"{Megatron.name} is left out (ModuleNotFoundError: No module named 'it')" in capsys.readouterr().out
-    assert {c["contender"] for c in cells} == {Ours.name, peers.Products.name}
+    assert {c["contender"] for c in cells} == {Ours.name, peers_run.Products.name}
     assert Megatron.name not in markdown
 
 
 def test_one_that_computes_something_else_is_caught(bench, capsys, monkeypatch):
-    monkeypatch.setattr("plain_torch.THRESHOLD", 0.9)
+    monkeypatch.setattr("peers.plain_torch.THRESHOLD", 0.9)
     cells, _ = bench("--metrics", harness.FULL, "--dtypes", "float32", "bfloat16", names=[PlainTorch.name])
     assert words(cells, contender=PlainTorch.name) == {harness.DIFFERS}
     assert f"{PlainTorch.name} differs: " in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_plain_torch_has_our_numbers_and_gradients(shape, policy):
 
 def test_compiled(bench):
     name = compiled(PlainTorch).name
-    assert name in {peer.name for peer in peers.PEERS}
+    assert name in {peer.name for peer in peers_run.PEERS}
     cells, _ = bench("--metrics", harness.FULL, "--dtypes", "float32", names=[name], shapes=SHAPES[:1])
     assert words(cells, contender=name) == {""}
 
@@ -192,7 +192,7 @@ def test_growth(bench, tmp_path, capsys):
 
 
 def test_every_contender_says_what_it_is():
-    everyone = (Ours, *peers.PEERS, peers.Products, peers.Zeros)
+    everyone = (Ours, *peers_run.PEERS, peers_run.Products, peers_run.Zeros)
     assert len({kind.name for kind in everyone}) == len(everyone)
     assert all(kind.about for kind in everyone)
     assert all(issubclass(kind, Contender) and kind.install for kind in (StMoe, Zeta, *FLAT))

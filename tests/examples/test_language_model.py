@@ -1,96 +1,57 @@
-"""``python -m topn_gating``: the three commands, and what the demo's figures rest on."""
+"""The demo: its command line, its data, its model, and what its figures rest on."""
 
 import importlib.util
 import math
 import os
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from language_model import run
 
 import topn_gating
-from topn_gating import __main__ as cli
 
+ROOT = Path(__file__).parents[2]
 needs_extra = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("matplotlib", "rich", "tqdm")), reason="needs the extra `demo`"
 )
 TINY = {"steps": 3, "seed": 0, "batch": 2, "context": 32, "dim": 32, "layers": 2, "experts": 4, "windows": 3}
 
 
-@pytest.mark.parametrize("missing", [[], ["rich"]], ids=["rich", "plain"])
-def test_info_prints_the_build(missing, monkeypatch, capsys):
-    if not missing:
-        pytest.importorskip("rich")
-    monkeypatch.setattr(cli, "_missing", lambda *packages: missing)
-    assert cli.main(["info"]) == 0
-    out = capsys.readouterr().out
-    facts = topn_gating.build_info()
-    assert all(name in out for name in facts)
-    assert facts["compiler"] in out
-    assert topn_gating.__version__ in out
+def test_command_runs_from_another_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "language_model"), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(Path(topn_gating.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "--experts" in done.stdout
 
 
-def test_bench_passes_its_arguments_on(tmp_path, monkeypatch, capsys):
-    script = tmp_path / "peers.py"
-    script.write_text("import sys\nprint(__name__, sys.argv)")
-    monkeypatch.setattr(cli, "PEERS", script)
-    monkeypatch.setattr(cli, "_missing", lambda *packages: [])
-    monkeypatch.setattr(sys, "argv", ["before"])
-    assert cli.main(["bench", "--rounds", "3", "--help", "x"]) == 0
-    assert capsys.readouterr().out.strip() == f"__main__ {[str(script), '--rounds', '3', '--help', 'x']}"
-
-
-def test_bench_outside_the_source_tree_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "PEERS", tmp_path / "peers.py")
-    assert cli.main(["bench"]) == 1
-    assert "benchmarks/peers.py" in capsys.readouterr().err
-
-
-def test_bench_script_is_where_the_command_looks():
-    assert Path(__file__).parents[2] / "benchmarks" / "peers.py" == cli.PEERS
-
-
-def test_demo_without_its_packages_says_how_to_get_them(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_missing", lambda *packages: list(packages))
-    assert cli.main(["demo"]) == 1
-    assert 'pip install "topn_gating[demo]"' in capsys.readouterr().err
+def test_without_its_packages_it_says_how_to_get_them(monkeypatch, capsys):
+    monkeypatch.setattr(run, "PACKAGES", ("matplotlib", "no_such_package"))
+    assert run.main([]) == 1
+    assert capsys.readouterr().err.startswith('The demo needs no_such_package: pip install "topn_gating[demo]"')
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "command"),
-        (["info", "--rounds"], "--rounds"),
-        (["demo", "--stepps", "3"], "--stepps"),
-        (["demo", "--steps", "0"], "at least 1"),
-        (["demo", "--out", "no such folder/demo.png"], "no such folder"),
-        pytest.param(["demo", "--dim", "48"], "multiple of 32", marks=needs_extra),
+        (["--stepps", "3"], "--stepps"),
+        (["--steps", "0"], "at least 1"),
+        (["--out", "no such folder/demo.png"], "no such folder"),
+        pytest.param(["--dim", "48"], "multiple of 32", marks=needs_extra),
     ],
 )
 def test_a_wrong_argument_is_refused_before_anything_runs(arguments, said, capsys):
     with pytest.raises(SystemExit) as error:
-        cli.main(arguments)
+        run.main(arguments)
     assert error.value.code == 2
     assert said in capsys.readouterr().err
 
 
-def test_restart_sets_what_is_missing_and_keeps_the_users_value(monkeypatch):
-    calls = []
-    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
-    monkeypatch.setenv("A_SETTING", "theirs")
-    monkeypatch.delenv("B_SETTING", raising=False)
-    cli._restart_with({"A_SETTING": "ours"})
-    assert not calls
-    cli._restart_with({"A_SETTING": "ours", "B_SETTING": "ours"})
-    ((program, arguments, environment),) = calls
-    assert (program, arguments[1:]) == (sys.executable, sys.orig_argv[1:])
-    assert (environment["A_SETTING"], environment["B_SETTING"]) == ("theirs", "ours")
-
-
 def test_every_byte_has_one_kind():
-    from topn_gating.demo.data import BYTE_KINDS
+    from language_model.data import BYTE_KINDS
 
     assert sorted(b for members in BYTE_KINDS.values() for b in members) == list(range(256))
 
@@ -111,13 +72,13 @@ def test_every_byte_has_one_kind():
     ],
 )
 def test_kind_of_a_byte(text, kind):
-    from topn_gating.demo.data import BYTE_KINDS, byte_kinds
+    from language_model.data import BYTE_KINDS, byte_kinds
 
     assert {list(BYTE_KINDS)[i] for i in byte_kinds(torch.tensor(list(text), dtype=torch.uint8))} == {kind}
 
 
 def test_no_file_is_in_both_halves():
-    from topn_gating.demo.data import load_corpus, source_files, split_files
+    from language_model.data import load_corpus, source_files, split_files
 
     files = source_files()
     train, held_out = split_files(files)
@@ -133,13 +94,13 @@ def test_no_file_is_in_both_halves():
 
 
 def test_corpus_is_capped():
-    from topn_gating.demo.data import load_corpus
+    from language_model.data import load_corpus
 
     assert sum(map(len, load_corpus(max_bytes=8000))) == 8000
 
 
 def test_windows_are_runs_of_the_text():
-    from topn_gating.demo.data import even_windows, random_windows
+    from language_model.data import even_windows, random_windows
 
     text = torch.arange(100, dtype=torch.uint8)
     random = random_windows(text, 500, 10)
@@ -151,7 +112,7 @@ def test_windows_are_runs_of_the_text():
 
 
 def test_unigram_entropy():
-    from topn_gating.demo.data import unigram_entropy
+    from language_model.data import unigram_entropy
 
     assert unigram_entropy(torch.full((10,), 7)) == 0
     assert unigram_entropy(torch.tensor([[0, 1], [2, 255]])) == pytest.approx(math.log(4))
@@ -160,13 +121,13 @@ def test_unigram_entropy():
 @pytest.fixture(scope="module")
 def tiny():
     pytest.importorskip("tqdm")
-    from topn_gating.demo.train import Settings
+    from language_model.train import Settings
 
     return Settings(**TINY)
 
 
 def test_a_later_byte_changes_no_earlier_output(tiny):
-    from topn_gating.demo.train import LanguageModel
+    from language_model.train import LanguageModel
 
     model = LanguageModel(tiny).eval()
     data = torch.randint(256, (1, tiny.context))
@@ -178,7 +139,7 @@ def test_a_later_byte_changes_no_earlier_output(tiny):
 
 
 def test_block_is_the_moe_layer_taken_apart(tiny):
-    from topn_gating.demo.train import LanguageModel
+    from language_model.train import LanguageModel
 
     model = LanguageModel(tiny)
     block = model.blocks[0]
@@ -193,8 +154,8 @@ def test_block_is_the_moe_layer_taken_apart(tiny):
 
 
 def test_what_experts_took_adds_up(tiny):
-    from topn_gating.demo.data import byte_kinds
-    from topn_gating.demo.train import LanguageModel, evaluate
+    from language_model.data import byte_kinds
+    from language_model.train import LanguageModel, evaluate
 
     windows = torch.randint(32, 127, (tiny.windows, tiny.context + 1))
     result = evaluate(LanguageModel(tiny), windows)
@@ -205,7 +166,7 @@ def test_what_experts_took_adds_up(tiny):
 
 def test_expert_and_kind_meet_in_the_right_cell():
     pytest.importorskip("tqdm")
-    from topn_gating.demo.train import taken_by_kind
+    from language_model.train import taken_by_kind
 
     logits = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0, 0, 9.0]])
     routing = topn_gating.route(logits, top_n=1, capacity=1)
@@ -214,8 +175,8 @@ def test_expert_and_kind_meet_in_the_right_cell():
 
 
 def test_two_runs_give_the_same_losses(tiny):
-    from topn_gating.demo.data import even_windows, load_corpus
-    from topn_gating.demo.train import LanguageModel, Settings, evaluate, train
+    from language_model.data import even_windows, load_corpus
+    from language_model.train import LanguageModel, Settings, evaluate, train
 
     text = load_corpus(max_bytes=100_000).train
 
@@ -231,7 +192,7 @@ def test_two_runs_give_the_same_losses(tiny):
 
 
 def test_training_learns(tiny):
-    from topn_gating.demo.train import LanguageModel, Settings, train
+    from language_model.train import LanguageModel, Settings, train
 
     text = torch.tensor(list(b"abcdefgh" * 100), dtype=torch.uint8)
     settings = Settings(**TINY | {"steps": 100})
@@ -243,7 +204,7 @@ def test_training_learns(tiny):
 
 def test_learning_rate_rises_then_falls_to_nothing():
     pytest.importorskip("tqdm")
-    from topn_gating.demo.train import WARM_UP, warm_up_and_cosine
+    from language_model.train import WARM_UP, warm_up_and_cosine
 
     rates = [warm_up_and_cosine(i / 100) for i in range(101)]
     top = rates.index(max(rates))
@@ -255,37 +216,16 @@ def test_learning_rate_rises_then_falls_to_nothing():
     assert rates[-1] == pytest.approx(0)
 
 
-def test_costs_are_of_the_same_numbers():
-    from topn_gating.demo.cost import compare
-
-    result = compare(groups=2, tokens=64, dim=16, experts=4)
-    assert result.difference < 1e-4
-    assert result.ours.milliseconds > 0
-    assert 0 < result.ours.peak_mebibytes < result.reference.peak_mebibytes
-
-
-def test_peak_is_the_most_that_was_held_at_once():
-    from topn_gating.demo.cost import peak_bytes
-
-    def two_at_a_time():
-        for _ in range(3):
-            a = torch.empty(1000, dtype=torch.uint8)
-            b = torch.empty(5000, dtype=torch.uint8)
-            del a, b
-
-    assert peak_bytes(two_at_a_time) == 6000
-
-
 @needs_extra
 def test_verdict():
-    from topn_gating.demo.report import Results
-    from topn_gating.demo.train import Evaluation, History, Settings
+    from language_model.report import Results
+    from language_model.train import Evaluation, History, Settings
 
     taken = torch.full((2, 4, 10), 100)
     taken[1, 2] = 1
 
     def results(loss, taken):
-        return Results(Settings(**TINY), History(), Evaluation(5.0, taken), Evaluation(loss, taken), 3.0, [])
+        return Results(Settings(**TINY), History(), Evaluation(5.0, taken), Evaluation(loss, taken), 3.0)
 
     alive = torch.full_like(taken, 100)
     assert results(2.9, taken).dead == [(1, 2)]
@@ -296,7 +236,7 @@ def test_verdict():
 
 @needs_extra
 def test_moving_average():
-    from topn_gating.demo.report import _moving_average
+    from language_model.report import _moving_average
 
     values = torch.tensor([[0.0, 1], [3, 1], [6, 1], [12, 1]])
     assert _moving_average(values, 0).equal(values)
@@ -307,9 +247,9 @@ def test_moving_average():
 def test_demo_draws_its_picture_and_fails_where_nothing_was_learned(tmp_path, capsys):
     picture = tmp_path / "picture.png"
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    assert cli.main(["demo", *options, "--out", str(picture)]) == 1  # three steps teach nothing
+    assert run.main([*options, "--out", str(picture)]) == 1  # three steps teach nothing
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
     out = capsys.readouterr().out
-    for text in ("unigram entropy", "loss after training", "Dead experts", "did not learn", "MiB, peak", "picture.png"):
+    for text in ("unigram entropy", "loss after training", "Dead experts", "did not learn", "picture.png"):
         assert text in out.replace("\n", "")

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from contenders import EPS, THRESHOLD, Contender, scaled
 from torch import Tensor
+
+from .contenders import EPS, THRESHOLD, Contender, scaled
 
 
 class Routing(NamedTuple):
@@ -88,7 +89,7 @@ class PlainTorch(Contender):
     """The functions of this file."""
 
     name = "plain torch"
-    about = "a compact router in plain torch operations (benchmarks/plain_torch.py)"
+    about = "a compact router in plain torch operations (benchmarks/peers/plain_torch.py)"
 
     def route(self) -> Routing:
         problem = self.problem

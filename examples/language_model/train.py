@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..moe import MoE
-from ..routing import Routing, combine, dispatch
+from topn_gating import MoE, Routing, combine, dispatch
+
 from .data import BYTE_KINDS, byte_kinds, random_windows
 
 BYTES = 256

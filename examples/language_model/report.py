@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .cost import Comparison
 from .data import BYTE_KINDS
 from .train import TOP_N, Evaluation, History, Settings
 
@@ -49,7 +48,6 @@ class Results:
     before: Evaluation
     after: Evaluation
     entropy: float
-    costs: list[Comparison]
 
     @property
     def learned(self) -> bool:
@@ -69,7 +67,7 @@ class Results:
 
 def show(results: Results, console: Console) -> None:
     """Prints the tables and the verdict."""
-    for table in (_learning(results), _load(results), _cost(results)):
+    for table in (_learning(results), _load(results)):
         console.print(table)
     console.print(*_verdict(results), sep="\n", highlight=False)
 
@@ -100,25 +98,9 @@ def _load(results: Results) -> Table:
     return table
 
 
-def _cost(results: Results) -> Table:
-    s = results.settings
-    table = Table(
-        title="Route, dispatch and combine, forward + backward",
-        caption=f"{s.dim} features, {s.experts} experts; reference: plain torch, dense einsums, same tensors and draws",
-    )
-    for heading in ("groups × tokens", "", "topn_gating", "reference", "ratio"):
-        table.add_column(heading, justify="right")
-    for c in results.costs:
-        for unit, ours, theirs in zip(("ms, median", "MiB, peak"), c.ours, c.reference, strict=True):
-            name = f"{c.groups} × {c.tokens}" if unit.startswith("ms") else ""
-            table.add_row(name, unit, f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}×", end_section=not name)
-    return table
-
-
 def _verdict(results: Results) -> Iterator[str]:
     last = results.history.dropped[-50:]
     yield f"Dropped in training: {100 * sum(last) / len(last):.1f} % of the routed pairs, mean of the last {len(last)} steps."
-    yield f"Same outputs and gradients in both: largest difference {max(c.difference for c in results.costs):.1e}."
     yield "Dead experts: " + (", ".join(f"{e} of block {b}" for b, e in results.dead) or "none") + "."
     if not results.learned:
         yield "It did not learn: the held-out loss is not below the unigram entropy."

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Iterator, Sequence
 
-from contenders import Contender, Ours
-from harness import METRICS, UNITS
 from rich.table import Table
+
+from .contenders import Contender, Ours
+from .harness import METRICS, UNITS
 
 Section = tuple[tuple, dict[tuple[str, str], dict], list[str]]  # its shape and type, cells by contender and metric, contenders
 

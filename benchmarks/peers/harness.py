@@ -10,11 +10,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from contenders import Contender, Ours, Problem
+from memory import peak_bytes
 from shapes import Shape
 from torch import Tensor
 
-from topn_gating.demo.cost import peak_bytes
+from .contenders import Contender, Ours, Problem
 
 GATE_FORWARD, GATE = "gate, forward", "gate, forward + backward"
 FULL_FORWARD, FULL = "full path, forward", "full path, forward + backward"

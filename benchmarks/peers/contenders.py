@@ -1,4 +1,4 @@
-"""What a contender of benchmarks/peers.py is; topn_gating as one; the floors, which no router of this kind goes below."""
+"""What a contender of this benchmark is; topn_gating as one; the floors, which no router of this kind goes below."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from contenders import EPS, THRESHOLD, Contender, Problem, scaled
 from torch import Tensor, nn
+
+from .contenders import EPS, THRESHOLD, Contender, Problem, scaled
 
 
 class DenseGating(Contender):

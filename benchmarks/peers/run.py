@@ -1,7 +1,7 @@
 """topn_gating beside what one would use instead, on the CPU: same tokens, same gate weight, same capacity, rounds interleaved.
 
-    python -m topn_gating bench [--shapes 1,8192,512,64,8 …] [--dtypes float32 bfloat16] [--malloc keep|default]
-    python -m topn_gating bench --growth growth.png
+    python benchmarks/peers [--shapes 1,8192,512,64,8 …] [--dtypes float32 bfloat16] [--malloc keep|default]
+    python benchmarks/peers --growth growth.png
 
 What is timed
     gate        from x to the routing and its losses; backward: to the gradients of x and of the gate's weight
@@ -17,7 +17,7 @@ the table. Before it is timed each is held against topn_gating (harness.differen
 
 Memory fresh from the kernel costs page faults, which on many machines outweigh the arithmetic. ``--malloc keep`` (the
 default) has glibc keep what was freed, for everyone, as an allocator for training would; ``--malloc default`` leaves
-glibc as it is. The setting is read when a process starts, so this file starts itself again.
+glibc as it is. glibc reads the setting when a process starts, so the benchmark restarts itself.
 """
 
 import argparse
@@ -29,19 +29,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import growth
-import harness
-import tables
 import torch
-from contenders import Contender, Ours, Problem, Products, Zeros, compiled
-from dense_peers import StMoe, Zeta
-from flat_peers import DeepSpeedDense, DeepSpeedSparse, Megatron
-from plain_torch import PlainTorch
 from rich.console import Console
 from rich.progress import track
 from shapes import Shape
 
 import topn_gating
+
+from . import growth, harness, tables
+from .contenders import Contender, Ours, Problem, Products, Zeros, compiled
+from .dense_peers import StMoe, Zeta
+from .flat_peers import DeepSpeedDense, DeepSpeedSparse, Megatron
+from .plain_torch import PlainTorch
 
 PEERS = (
     StMoe,
@@ -67,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's options."""
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(
-        prog="python -m topn_gating bench",
+        prog="python benchmarks/peers",
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -152,6 +151,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "options": vars(options), "cells": cells}, indent=1, default=str))
 
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import harness
 import torch
-from contenders import Contender, Ours, Problem
-from harness import FULL, MEMORY
 from rich.progress import track
 from shapes import Shape
+
+from . import harness
+from .contenders import Contender, Ours, Problem
+from .harness import FULL, MEMORY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

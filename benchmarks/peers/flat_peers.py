@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from contenders import Contender, Problem, scaled
 from torch import Tensor, nn
+
+from .contenders import Contender, Problem, scaled
 
 
 class FlatPeer(Contender):

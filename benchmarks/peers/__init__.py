@@ -1,0 +1,1 @@
+"""topn_gating side by side with other routers."""
