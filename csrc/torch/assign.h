@@ -1,4 +1,4 @@
-// The operator `assign` and its gradient, on any backend (operators.h).
+// The operator `assign` and its gradient: see operators.h.
 #pragma once
 
 #include <tuple>
@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Te
                                                   const std::optional<Tensor>& token_mask, int64_t num_gates,
                                                   int64_t capacity, int64_t policy, double eps) {
   const Backend backend(weight);
-  const Assignment s = sizes_of("weight", weight, num_gates, capacity);
+  const Assignment s = assignment_sizes("weight", weight, num_gates, capacity);
   const Shape shape = shape_of(weight);
   const ScalarType type = weight.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "weight must be float32 or float64, got ",
@@ -33,27 +33,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Te
   STD_TORCH_CHECK(!random || draws.has_value(), "draws must be given for the random policy");
   STD_TORCH_CHECK(threshold.has_value() || !(random || a.policy == Policy::Threshold),
                   "threshold must be given for the random and threshold policies");
-  const Tensor w = take("weight", weight, weight, shape, type);
-  const Tensor chosen = take("expert", expert, weight, shape, ScalarType::Int);
-  const auto u = take("draws", draws, weight, shape, type);
-  const auto least = take("threshold", threshold, weight, {s.top_n}, type);
-  const auto mask = take("token_mask", token_mask, weight, with_last(shape, 1, {}), ScalarType::Bool);
-  a.weight = pointer(w);
-  a.expert = pointer<int32_t>(chosen);
-  a.draws = pointer(u);
-  a.threshold = pointer(least);
-  a.token_mask = pointer<bool>(mask);
+  const Tensor w = checked("weight", weight, weight, shape, type);
+  const Tensor chosen = checked("expert", expert, weight, shape, ScalarType::Int);
+  const auto u = checked("draws", draws, weight, shape, type);
+  const auto least = checked("threshold", threshold, weight, {s.top_n}, type);
+  const auto mask = checked("token_mask", token_mask, weight, replace_last(shape, 1, {}), ScalarType::Bool);
+  a.weight = const_data(w);
+  a.expert = const_data<int32_t>(chosen);
+  a.draws = const_data(u);
+  a.threshold = const_data(least);
+  a.token_mask = const_data<bool>(mask);
 
-  const Tensor kept = make(weight, shape, type);
-  const Tensor slot = make(weight, shape, ScalarType::Int);
-  const Tensor source = make(weight, with_last(shape, 2, {num_gates, capacity}), ScalarType::Int);
-  const Tensor demand = make(weight, with_last(shape, 2, {num_gates}), ScalarType::Int);
-  const auto space = workspace(backend, a, weight);
-  a.kept = written(kept);
-  a.slot = written<int32_t>(slot);
-  a.source = written<int32_t>(source);
-  a.demand = written<int32_t>(demand);
-  a.workspace = written(space);
+  const Tensor kept = empty(weight, shape, type);
+  const Tensor slot = empty(weight, shape, ScalarType::Int);
+  const Tensor source = empty(weight, replace_last(shape, 2, {num_gates, capacity}), ScalarType::Int);
+  const Tensor demand = empty(weight, replace_last(shape, 2, {num_gates}), ScalarType::Int);
+  const auto space = reserve_workspace(backend, a, weight);
+  a.kept = mutable_data(kept);
+  a.slot = mutable_data<int32_t>(slot);
+  a.source = mutable_data<int32_t>(source);
+  a.demand = mutable_data<int32_t>(demand);
+  a.workspace = mutable_data(space);
   backend.run(a);
   return {kept, slot, source, demand};
 }
@@ -65,11 +65,11 @@ Tensor assign_backward(const Tensor& grad_kept, const Tensor& slot) {
   const ScalarType type = grad_kept.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "grad_kept must be float32 or float64, got ",
                   torch::headeronly::toString(type));
-  const Tensor grad = take("grad_kept", grad_kept, slot, shape, type);
-  const Tensor slots = take("slot", slot, slot, shape, ScalarType::Int);
-  const Tensor grad_weight = make(grad_kept, shape, type);
-  backend.run(AssignBackward{type == ScalarType::Double, product(shape, 0, shape.size()), pointer(grad),
-                             pointer<int32_t>(slots), written(grad_weight)});
+  const Tensor grad = checked("grad_kept", grad_kept, slot, shape, type);
+  const Tensor slots = checked("slot", slot, slot, shape, ScalarType::Int);
+  const Tensor grad_weight = empty(grad_kept, shape, type);
+  backend.run(AssignBackward{type == ScalarType::Double, product(shape, 0, shape.size()), const_data(grad),
+                             const_data<int32_t>(slots), mutable_data(grad_weight)});
   return grad_weight;
 }
 

@@ -36,7 +36,7 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(topn_gating, CPU, m) {
   using namespace topn_gating::binding;
-  implement_operators<Cpu>(m);
-  m.impl("linear", TORCH_BOX(&linear<Cpu>));
-  m.impl("linear_backward", TORCH_BOX(&linear_backward<Cpu>));
+  using Backend = Cpu;
+  TOPN_GATING_OPERATORS(TOPN_GATING_IMPLEMENT)
+  TOPN_GATING_CPU_OPERATORS(TOPN_GATING_IMPLEMENT)
 }

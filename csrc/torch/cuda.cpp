@@ -38,5 +38,6 @@ class Cuda : DeviceGuard, public Launchers {
 
 STABLE_TORCH_LIBRARY_IMPL(topn_gating, CUDA, m) {
   using namespace topn_gating::binding;
-  implement_operators<Cuda>(m);
+  using Backend = Cuda;
+  TOPN_GATING_OPERATORS(TOPN_GATING_IMPLEMENT)
 }

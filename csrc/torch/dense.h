@@ -1,4 +1,4 @@
-// The operator `dense` and its gradient, on any backend (operators.h).
+// The operator `dense` and its gradient: see operators.h.
 #pragma once
 
 #include <tuple>
@@ -14,17 +14,17 @@ std::tuple<Tensor, Tensor> dense(const Tensor& weight, const Tensor& expert, con
   const Shape shape = shape_of(weight);
   Dense a{};
   a.dtype = dtype_of("dtype", dtype);
-  a.assignment = sizes_of("weight", weight, num_gates, capacity);
-  const Tensor w = take("weight", weight, weight, shape, real(dtype));
-  const Tensor chosen = take("expert", expert, weight, shape, ScalarType::Int);
-  const Tensor slots = take("slot", slot, weight, shape, ScalarType::Int);
-  a.weight = pointer(w);
-  a.assignment.expert = pointer<int32_t>(chosen);
-  a.assignment.slot = pointer<int32_t>(slots);
-  const Tensor dispatch = make(weight, with_last(shape, 1, {num_gates, capacity}), dtype);
-  const Tensor combine = make(weight, with_last(shape, 1, {num_gates, capacity}), dtype);
-  a.dispatch = written(dispatch);
-  a.combine = written(combine);
+  a.assignment = assignment_sizes("weight", weight, num_gates, capacity);
+  const Tensor w = checked("weight", weight, weight, shape, compute_type(dtype));
+  const Tensor chosen = checked("expert", expert, weight, shape, ScalarType::Int);
+  const Tensor slots = checked("slot", slot, weight, shape, ScalarType::Int);
+  a.weight = const_data(w);
+  a.assignment.expert = const_data<int32_t>(chosen);
+  a.assignment.slot = const_data<int32_t>(slots);
+  const Tensor dispatch = empty(weight, replace_last(shape, 1, {num_gates, capacity}), dtype);
+  const Tensor combine = empty(weight, replace_last(shape, 1, {num_gates, capacity}), dtype);
+  a.dispatch = mutable_data(dispatch);
+  a.combine = mutable_data(combine);
   backend.run(a);
   return {dispatch, combine};
 }
@@ -53,12 +53,12 @@ Tensor dense_backward(const std::optional<Tensor>& grad_dispatch, const std::opt
 
   DenseBackward a{};
   a.dtype = dtype_of("grad_combine", type);
-  a.assignment = sizes_of("slot", slot, shape[shape.size() - 2], shape.back());
-  const Shape expected = with_last(pairs, 1, {a.assignment.experts, a.assignment.capacity});
-  const Tensor chosen = take("expert", expert, slot, pairs, ScalarType::Int);
-  const Tensor slots = take("slot", slot, slot, pairs, ScalarType::Int);
-  a.assignment.expert = pointer<int32_t>(chosen);
-  a.assignment.slot = pointer<int32_t>(slots);
+  a.assignment = assignment_sizes("slot", slot, shape[shape.size() - 2], shape.back());
+  const Shape expected = replace_last(pairs, 1, {a.assignment.experts, a.assignment.capacity});
+  const Tensor chosen = checked("expert", expert, slot, pairs, ScalarType::Int);
+  const Tensor slots = checked("slot", slot, slot, pairs, ScalarType::Int);
+  a.assignment.expert = const_data<int32_t>(chosen);
+  a.assignment.slot = const_data<int32_t>(slots);
   std::optional<Tensor> gd, gc;
   if (grad_dispatch.has_value()) {
     gd = by_strides("grad_dispatch", *grad_dispatch, slot, a.assignment, expected, type, a.dispatch_strides);
@@ -66,10 +66,10 @@ Tensor dense_backward(const std::optional<Tensor>& grad_dispatch, const std::opt
   if (grad_combine.has_value()) {
     gc = by_strides("grad_combine", *grad_combine, slot, a.assignment, expected, type, a.combine_strides);
   }
-  a.grad_dispatch = pointer(gd);
-  a.grad_combine = pointer(gc);
-  const Tensor grad_weight = make(slot, pairs, real(type));
-  a.grad_weight = written(grad_weight);
+  a.grad_dispatch = const_data(gd);
+  a.grad_combine = const_data(gc);
+  const Tensor grad_weight = empty(slot, pairs, compute_type(type));
+  a.grad_weight = mutable_data(grad_weight);
   backend.run(a);
   return grad_weight;
 }

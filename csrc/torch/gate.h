@@ -1,4 +1,4 @@
-// The operator `gate` and its gradient, on any backend (operators.h).
+// The operator `gate` and its gradient: see operators.h.
 #pragma once
 
 #include <tuple>
@@ -36,27 +36,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
   const int64_t experts = a.experts;
   const ScalarType type = logits.scalar_type();
   a.losses = losses;
-  const Tensor z = take("logits", logits, logits, shape, type);
-  const auto u = take("noise", noise, logits, shape, real(type));
-  const auto mask = take("token_mask", token_mask, logits, with_last(shape, 1, {}), ScalarType::Bool);
-  a.logits = pointer(z);
-  a.noise = pointer(u);
-  a.token_mask = pointer<bool>(mask);
+  const Tensor z = checked("logits", logits, logits, shape, type);
+  const auto u = checked("noise", noise, logits, shape, compute_type(type));
+  const auto mask = checked("token_mask", token_mask, logits, replace_last(shape, 1, {}), ScalarType::Bool);
+  a.logits = const_data(z);
+  a.noise = const_data(u);
+  a.token_mask = const_data<bool>(mask);
 
-  const Tensor weight = make(logits, with_last(shape, 1, {top_n}), real(type));
-  const Tensor expert = make(logits, with_last(shape, 1, {top_n}), ScalarType::Int);
-  const Tensor importance = make(logits, with_last(shape, 2, {experts}), real(type));
-  const Tensor top_count = make(logits, with_last(shape, 2, {experts}), ScalarType::Int);
-  const Tensor balance_loss = make(logits, {}, real(type));
-  const Tensor router_z_loss = make(logits, {}, real(type));
-  const auto space = workspace(backend, a, logits);
-  a.weight = written(weight);
-  a.expert = written<int32_t>(expert);
-  a.importance = written(importance);
-  a.top_count = written<int32_t>(top_count);
-  a.balance_loss = written(balance_loss);
-  a.router_z_loss = written(router_z_loss);
-  a.workspace = written(space);
+  const Tensor weight = empty(logits, replace_last(shape, 1, {top_n}), compute_type(type));
+  const Tensor expert = empty(logits, replace_last(shape, 1, {top_n}), ScalarType::Int);
+  const Tensor importance = empty(logits, replace_last(shape, 2, {experts}), compute_type(type));
+  const Tensor top_count = empty(logits, replace_last(shape, 2, {experts}), ScalarType::Int);
+  const Tensor balance_loss = empty(logits, {}, compute_type(type));
+  const Tensor router_z_loss = empty(logits, {}, compute_type(type));
+  const auto space = reserve_workspace(backend, a, logits);
+  a.weight = mutable_data(weight);
+  a.expert = mutable_data<int32_t>(expert);
+  a.importance = mutable_data(importance);
+  a.top_count = mutable_data<int32_t>(top_count);
+  a.balance_loss = mutable_data(balance_loss);
+  a.router_z_loss = mutable_data(router_z_loss);
+  a.workspace = mutable_data(space);
   backend.run(a);
   return {weight, expert, importance, top_count, balance_loss, router_z_loss};
 }
@@ -73,29 +73,29 @@ Tensor gate_backward(const std::optional<Tensor>& grad_weight, const std::option
   const Shape shape = shape_of(logits);
   const int64_t experts = a.experts;
   const ScalarType type = logits.scalar_type();
-  const Shape weights = with_last(shape, 1, {top_n}), sums = with_last(shape, 2, {experts});
-  const auto gw = take("grad_weight", grad_weight, logits, weights, real(type));
-  const auto gi = take("grad_importance", grad_importance, logits, sums, real(type));
-  const auto gb = take("grad_balance_loss", grad_balance_loss, logits, {}, real(type));
-  const auto gz = take("grad_router_z_loss", grad_router_z_loss, logits, {}, real(type));
-  const Tensor z = take("logits", logits, logits, shape, type);
-  const auto u = take("noise", noise, logits, shape, real(type));
-  const auto mask = take("token_mask", token_mask, logits, with_last(shape, 1, {}), ScalarType::Bool);
-  const Tensor chosen = take("expert", expert, logits, weights, ScalarType::Int);
-  const Tensor count = take("top_count", top_count, logits, sums, ScalarType::Int);
-  a.grad_weight = pointer(gw);
-  a.grad_importance = pointer(gi);
-  a.grad_balance_loss = pointer(gb);
-  a.grad_router_z_loss = pointer(gz);
-  a.logits = pointer(z);
-  a.noise = pointer(u);
-  a.token_mask = pointer<bool>(mask);
-  a.expert = pointer<int32_t>(chosen);
-  a.top_count = pointer<int32_t>(count);
-  const Tensor grad_logits = make(logits, shape, type);
-  const auto space = workspace(backend, a, logits);
-  a.grad_logits = written(grad_logits);
-  a.workspace = written(space);
+  const Shape weights = replace_last(shape, 1, {top_n}), sums = replace_last(shape, 2, {experts});
+  const auto gw = checked("grad_weight", grad_weight, logits, weights, compute_type(type));
+  const auto gi = checked("grad_importance", grad_importance, logits, sums, compute_type(type));
+  const auto gb = checked("grad_balance_loss", grad_balance_loss, logits, {}, compute_type(type));
+  const auto gz = checked("grad_router_z_loss", grad_router_z_loss, logits, {}, compute_type(type));
+  const Tensor z = checked("logits", logits, logits, shape, type);
+  const auto u = checked("noise", noise, logits, shape, compute_type(type));
+  const auto mask = checked("token_mask", token_mask, logits, replace_last(shape, 1, {}), ScalarType::Bool);
+  const Tensor chosen = checked("expert", expert, logits, weights, ScalarType::Int);
+  const Tensor count = checked("top_count", top_count, logits, sums, ScalarType::Int);
+  a.grad_weight = const_data(gw);
+  a.grad_importance = const_data(gi);
+  a.grad_balance_loss = const_data(gb);
+  a.grad_router_z_loss = const_data(gz);
+  a.logits = const_data(z);
+  a.noise = const_data(u);
+  a.token_mask = const_data<bool>(mask);
+  a.expert = const_data<int32_t>(chosen);
+  a.top_count = const_data<int32_t>(count);
+  const Tensor grad_logits = empty(logits, shape, type);
+  const auto space = reserve_workspace(backend, a, logits);
+  a.grad_logits = mutable_data(grad_logits);
+  a.workspace = mutable_data(space);
   backend.run(a);
   return grad_logits;
 }

@@ -1,4 +1,4 @@
-// The operator `linear` and its gradient, on any backend that has them (router.h).
+// The operator `linear` and its gradient: see operators.h. The CPU alone has them.
 #pragma once
 
 #include <tuple>
@@ -28,12 +28,12 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   const Backend backend(x);
   Linear a = linear_sizes<Linear>(x, weight);
   const ScalarType type = x.scalar_type();
-  const Tensor rows = take("x", x, x, shape_of(x), type);
-  const Tensor w = take("weight", weight, x, shape_of(weight), type);
-  const Tensor logits = make(x, with_last(shape_of(x), 1, {a.experts}), type);
-  a.x = pointer(rows);
-  a.weight = pointer(w);
-  a.logits = written(logits);
+  const Tensor rows = checked("x", x, x, shape_of(x), type);
+  const Tensor w = checked("weight", weight, x, shape_of(weight), type);
+  const Tensor logits = empty(x, replace_last(shape_of(x), 1, {a.experts}), type);
+  a.x = const_data(rows);
+  a.weight = const_data(w);
+  a.logits = mutable_data(logits);
   backend.run(a);
   return logits;
 }
@@ -46,18 +46,18 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_logits, const Tens
   LinearBackward a = linear_sizes<LinearBackward>(x, weight);
   const Shape shape = shape_of(x);
   const ScalarType type = x.scalar_type();
-  const Tensor grad = take("grad_logits", grad_logits, x, with_last(shape, 1, {a.experts}), type);
-  const Tensor rows = take("x", x, x, shape, type);
-  const Tensor w = take("weight", weight, x, shape_of(weight), type);
-  const Tensor grad_x = make(x, wants_x ? shape : Shape{0}, type);
-  const Tensor grad_weight = make(x, wants_weight ? shape_of(weight) : Shape{0}, type);
-  a.grad_logits = pointer(grad);
-  a.x = pointer(rows);
-  a.weight = pointer(w);
-  a.grad_x = wants_x ? written(grad_x) : nullptr;
-  a.grad_weight = wants_weight ? written(grad_weight) : nullptr;
-  const auto space = workspace(backend, a, x);
-  a.workspace = written(space);
+  const Tensor grad = checked("grad_logits", grad_logits, x, replace_last(shape, 1, {a.experts}), type);
+  const Tensor rows = checked("x", x, x, shape, type);
+  const Tensor w = checked("weight", weight, x, shape_of(weight), type);
+  const Tensor grad_x = empty(x, wants_x ? shape : Shape{0}, type);
+  const Tensor grad_weight = empty(x, wants_weight ? shape_of(weight) : Shape{0}, type);
+  a.grad_logits = const_data(grad);
+  a.x = const_data(rows);
+  a.weight = const_data(w);
+  a.grad_x = wants_x ? mutable_data(grad_x) : nullptr;
+  a.grad_weight = wants_weight ? mutable_data(grad_weight) : nullptr;
+  const auto space = reserve_workspace(backend, a, x);
+  a.workspace = mutable_data(space);
   backend.run(a);
   return {grad_x, grad_weight};
 }

@@ -27,5 +27,6 @@ struct NoCuda {
 
 STABLE_TORCH_LIBRARY_IMPL(topn_gating, CUDA, m) {
   using namespace topn_gating::binding;
-  implement_operators<NoCuda>(m);
+  using Backend = NoCuda;
+  TOPN_GATING_OPERATORS(TOPN_GATING_IMPLEMENT)
 }

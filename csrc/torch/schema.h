@@ -1,37 +1,39 @@
-// The operators' schemas: the face of csrc/router.h to torch.
+// The operators: name and schema of each, once. The meaning of the arguments stands in csrc/router.h.
 #pragma once
 
-namespace topn_gating::binding {
+// Expands X(name, signature) for the operators that every backend has. `name` is also the function in the operator's header.
+#define TOPN_GATING_OPERATORS(X)                                                                                               \
+  X(gate,                                                                                                                      \
+    "(Tensor logits, Tensor? noise, Tensor? token_mask, int top_n, float eps, float noise_mult, bool soft, bool losses)"      \
+    " -> (Tensor weight, Tensor expert, Tensor importance, Tensor top_count, Tensor balance_loss, Tensor router_z_loss)")     \
+  X(gate_backward,                                                                                                             \
+    "(Tensor? grad_weight, Tensor? grad_importance, Tensor? grad_balance_loss, Tensor? grad_router_z_loss, Tensor logits,"    \
+    " Tensor? noise, Tensor? token_mask, Tensor expert, Tensor top_count, float eps, float noise_mult, bool soft)"            \
+    " -> Tensor grad_logits")                                                                                                  \
+  X(assign,                                                                                                                    \
+    "(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, int num_gates, SymInt capacity,"    \
+    " int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand)")                                    \
+  X(assign_backward, "(Tensor grad_kept, Tensor slot) -> Tensor grad_weight")                                                 \
+  X(dense,                                                                                                                     \
+    "(Tensor weight, Tensor expert, Tensor slot, int num_gates, SymInt capacity, ScalarType dtype, bool straight_through)"    \
+    " -> (Tensor dispatch, Tensor combine)")                                                                                   \
+  X(dense_backward, "(Tensor? grad_dispatch, Tensor? grad_combine, Tensor expert, Tensor slot) -> Tensor grad_weight")        \
+  X(dispatch,                                                                                                                  \
+    "(Tensor x, Tensor weight, Tensor expert, Tensor slot, Tensor source, bool straight_through) -> Tensor y")                \
+  X(dispatch_backward,                                                                                                         \
+    "(Tensor grad_y, Tensor? x, Tensor expert, Tensor slot, Tensor source) -> (Tensor grad_x, Tensor grad_weight)")           \
+  X(combine, "(Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source) -> Tensor out")                            \
+  X(combine_backward,                                                                                                          \
+    "(Tensor grad_out, Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source)"                                   \
+    " -> (Tensor grad_y, Tensor grad_weight)")
 
-// `m` is what STABLE_TORCH_LIBRARY hands out: the host-run CUDA kernels of simt have a library of their own.
-template <class Library>
-void define_operators(Library& m) {
-  m.def(
-      "gate(Tensor logits, Tensor? noise, Tensor? token_mask, int top_n, float eps, float noise_mult, bool soft, "
-      "bool losses) -> (Tensor weight, Tensor expert, Tensor importance, Tensor top_count, Tensor balance_loss, "
-      "Tensor router_z_loss)");
-  m.def(
-      "gate_backward(Tensor? grad_weight, Tensor? grad_importance, Tensor? grad_balance_loss, "
-      "Tensor? grad_router_z_loss, Tensor logits, Tensor? noise, Tensor? token_mask, Tensor expert, Tensor top_count, "
-      "float eps, float noise_mult, bool soft) -> Tensor grad_logits");
-  m.def(
-      "assign(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, int num_gates, "
-      "SymInt capacity, int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand)");
-  m.def("assign_backward(Tensor grad_kept, Tensor slot) -> Tensor grad_weight");
-  m.def(
-      "dense(Tensor weight, Tensor expert, Tensor slot, int num_gates, SymInt capacity, ScalarType dtype, "
-      "bool straight_through) -> (Tensor dispatch, Tensor combine)");
-  m.def(
-      "dense_backward(Tensor? grad_dispatch, Tensor? grad_combine, Tensor expert, Tensor slot) -> Tensor grad_weight");
-  m.def(
-      "dispatch(Tensor x, Tensor weight, Tensor expert, Tensor slot, Tensor source, bool straight_through) -> Tensor y");
-  m.def(
-      "dispatch_backward(Tensor grad_y, Tensor? x, Tensor expert, Tensor slot, Tensor source) -> (Tensor grad_x, "
-      "Tensor grad_weight)");
-  m.def("combine(Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source) -> Tensor out");
-  m.def(
-      "combine_backward(Tensor grad_out, Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source) -> "
-      "(Tensor grad_y, Tensor grad_weight)");
-}
+// The same for the operators that the CPU alone has: elsewhere torch's own matrix products serve.
+#define TOPN_GATING_CPU_OPERATORS(X)                                                                                           \
+  X(linear, "(Tensor x, Tensor weight) -> Tensor logits")                                                                      \
+  X(linear_backward,                                                                                                           \
+    "(Tensor grad_logits, Tensor x, Tensor weight, bool wants_x, bool wants_weight)"                                          \
+    " -> (Tensor grad_x, Tensor grad_weight)")
 
-}  // namespace topn_gating::binding
+// Statements inside STABLE_TORCH_LIBRARY(…, m) and STABLE_TORCH_LIBRARY_IMPL(…, m); `Backend` is a type of that scope.
+#define TOPN_GATING_DEFINE(name, signature) m.def(#name signature);
+#define TOPN_GATING_IMPLEMENT(name, signature) m.impl(#name, TORCH_BOX(&topn_gating::binding::name<Backend>));

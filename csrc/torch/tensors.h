@@ -1,5 +1,5 @@
-// From torch's tensors to the kernels' pointers: the checks that keep memory safe, and no others. What a user can get
-// wrong is said in Python, before anything runs.
+// Converts torch's tensors to the kernels' pointers, with the checks that keep memory safe and no others. What a user can get
+// wrong is checked in Python, before anything runs.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -36,46 +36,47 @@ inline DType dtype_of(const char* name, ScalarType type) {
   }
 }
 
-// The type that a type is computed in.
-inline ScalarType real(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+// Returns the type in which values of `type` are computed.
+inline ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-// `shape` with its last `drop` sizes replaced by `last`.
-inline Shape with_last(const Shape& shape, size_t drop, std::initializer_list<int64_t> last) {
-  Shape result(shape.begin(), shape.end() - drop);
-  result.insert(result.end(), last);
+// Returns `shape` with its last `count` sizes replaced by `sizes`.
+inline Shape replace_last(const Shape& shape, size_t count, std::initializer_list<int64_t> sizes) {
+  Shape result(shape.begin(), shape.end() - count);
+  result.insert(result.end(), sizes);
   return result;
 }
 
+// Returns the product of the sizes of dimensions begin to end - 1.
 inline int64_t product(const Shape& shape, size_t begin, size_t end) {
   int64_t result = 1;
   for (size_t i = begin; i < end; ++i) result *= shape[i];
   return result;
 }
 
-// An empty tensor beside another. The shim is called as it is: torch::stable::new_empty goes through the dispatcher, which
-// takes longer than a small kernel.
-inline Tensor make(const Tensor& like, const Shape& shape, ScalarType type) {
+// Allocates a contiguous tensor on the device of `like`. Calls the C shim directly, because torch::stable::new_empty goes through
+// the dispatcher, which takes longer than a small kernel.
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
   const auto device = like.device();
   Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
   const auto number = [](auto value) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value)); };
-  AtenTensorHandle made = nullptr;
+  AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), number(type),
-                                                  number(device.type()), device.index(), &made));
-  return Tensor(made);
+                                                  number(device.type()), device.index(), &handle));
+  return Tensor(handle);
 }
 
-// The kernels' scratch memory, if they want any: the caller keeps it until they are launched.
+// Allocates the workspace of a kernel, if it needs one. The caller keeps it alive until the kernel is launched.
 template <class Backend, class Args>
-std::optional<Tensor> workspace(const Backend& backend, const Args& a, const Tensor& like) {
+std::optional<Tensor> reserve_workspace(const Backend& backend, const Args& a, const Tensor& like) {
   const int64_t bytes = backend.workspace_bytes(a);
   if (bytes == 0) return std::nullopt;
-  return make(like, {bytes}, ScalarType::Byte);
+  return empty(like, {bytes}, ScalarType::Byte);
 }
 
-// Checks an input against another tensor's device and the expected shape and type, and makes it contiguous.
-inline Tensor take(const char* name, const Tensor& t, const Tensor& like, const Shape& shape, ScalarType type) {
+// Returns a contiguous tensor of the values of `t`. Raises unless it has the device of `like` and the given shape and type.
+inline Tensor checked(const char* name, const Tensor& t, const Tensor& like, const Shape& shape, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
   const auto device = t.device(), expected = like.device();
@@ -87,32 +88,32 @@ inline Tensor take(const char* name, const Tensor& t, const Tensor& like, const 
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-inline std::optional<Tensor> take(const char* name, const std::optional<Tensor>& t, const Tensor& like, const Shape& shape,
-                                  ScalarType type) {
+inline std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& t, const Tensor& like, const Shape& shape,
+                                     ScalarType type) {
   if (!t.has_value()) return std::nullopt;
-  return take(name, *t, like, shape, type);
+  return checked(name, *t, like, shape, type);
 }
 
 template <class T>
-const T* pointer(const Tensor& t) {
+const T* const_data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <class T>
-const T* pointer(const std::optional<Tensor>& t) {
-  return t.has_value() ? pointer<T>(*t) : nullptr;
+const T* const_data(const std::optional<Tensor>& t) {
+  return t.has_value() ? const_data<T>(*t) : nullptr;
 }
-inline const void* pointer(const Tensor& t) { return t.const_data_ptr(); }
-inline const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+inline const void* const_data(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* const_data(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 template <class T>
-T* written(const Tensor& t) {
+T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
-inline void* written(const Tensor& t) { return t.mutable_data_ptr(); }
-inline void* written(const std::optional<Tensor>& t) { return t.has_value() ? t->mutable_data_ptr() : nullptr; }
+inline void* mutable_data(const Tensor& t) { return t.mutable_data_ptr(); }
+inline void* mutable_data(const std::optional<Tensor>& t) { return t.has_value() ? t->mutable_data_ptr() : nullptr; }
 
-// The sizes of (…, n, k) beside (…, e[, C]).
-inline Assignment sizes_of(const char* name, const Tensor& expert, int64_t experts, int64_t capacity) {
-  const Shape shape = shape_of(expert);
+// Returns an Assignment with the sizes alone, from a tensor of pairs (…, n, k), which errors call `name`.
+inline Assignment assignment_sizes(const char* name, const Tensor& pairs, int64_t experts, int64_t capacity) {
+  const Shape shape = shape_of(pairs);
   STD_TORCH_CHECK(shape.size() >= 2, name, " must have shape (..., tokens, top_n)");
   STD_TORCH_CHECK(experts >= 1, "num_gates must be at least 1, got ", experts);
   STD_TORCH_CHECK(capacity >= 1 && capacity <= std::numeric_limits<int32_t>::max(), "capacity must be from 1 to 2^31 - 1, got ",
@@ -129,34 +130,35 @@ inline Assignment sizes_of(const char* name, const Tensor& expert, int64_t exper
   return a;
 }
 
-// expert, slot and source, checked, and kept alive while the kernels read them.
-struct Assigned {
-  Assignment sizes;
-  Shape tokens, slots;  // (…, n) and (…, e, C)
+// The checked tensors of an Assignment, which it keeps alive while the kernels read them.
+struct CheckedAssignment {
+  Assignment arguments;
+  Shape tokens, slots;  // shapes (…, n) and (…, e, C)
   Tensor expert, slot, source;
 
-  Assigned(const Tensor& expert_in, const Tensor& slot_in, const Tensor& source_in) {
+  CheckedAssignment(const Tensor& expert_in, const Tensor& slot_in, const Tensor& source_in) {
     const Shape pairs = shape_of(expert_in);
     slots = shape_of(source_in);
     STD_TORCH_CHECK(pairs.size() >= 2, "expert must have shape (..., tokens, top_n)");
     STD_TORCH_CHECK(slots.size() == pairs.size(), "source must have shape (..., experts, capacity), like expert");
     STD_TORCH_CHECK(std::equal(slots.begin(), slots.end() - 2, pairs.begin()),
                     "source must have shape (..., experts, capacity) with the groups of expert");
-    tokens = with_last(pairs, 1, {});
-    sizes = sizes_of("expert", expert_in, slots[slots.size() - 2], slots.back());
-    expert = take("expert", expert_in, expert_in, pairs, ScalarType::Int);
-    slot = take("slot", slot_in, expert_in, pairs, ScalarType::Int);
-    source = take("source", source_in, expert_in, slots, ScalarType::Int);
-    sizes.expert = pointer<int32_t>(expert);
-    sizes.slot = pointer<int32_t>(slot);
-    sizes.source = pointer<int32_t>(source);
+    tokens = replace_last(pairs, 1, {});
+    arguments = assignment_sizes("expert", expert_in, slots[slots.size() - 2], slots.back());
+    expert = checked("expert", expert_in, expert_in, pairs, ScalarType::Int);
+    slot = checked("slot", slot_in, expert_in, pairs, ScalarType::Int);
+    source = checked("source", source_in, expert_in, slots, ScalarType::Int);
+    arguments.expert = const_data<int32_t>(expert);
+    arguments.slot = const_data<int32_t>(slot);
+    arguments.source = const_data<int32_t>(source);
   }
 
-  Shape pairs() const { return with_last(tokens, 0, {sizes.top_n}); }
-  Shape token_rows(int64_t dim) const { return with_last(tokens, 0, {dim}); }
-  Shape slot_rows(int64_t dim) const { return with_last(slots, 0, {dim}); }
+  Shape pairs() const { return replace_last(tokens, 0, {arguments.top_n}); }
+  Shape token_rows(int64_t dim) const { return replace_last(tokens, 0, {dim}); }
+  Shape slot_rows(int64_t dim) const { return replace_last(slots, 0, {dim}); }
 };
 
+// Returns the number of features of rows (…, d), which errors call `name`.
 inline int64_t dim_of(const char* name, const Tensor& rows) {
   STD_TORCH_CHECK(rows.dim() >= 1, name, " must have a dimension of features");
   return rows.size(rows.dim() - 1);

@@ -4,7 +4,6 @@
 
 #include "launchers.h"
 #include "operators.h"
-#include "schema.h"
 
 namespace topn_gating::binding {
 namespace {
@@ -28,8 +27,9 @@ class Simt : public Launchers {
 }  // namespace
 }  // namespace topn_gating::binding
 
-STABLE_TORCH_LIBRARY(topn_gating_simt, m) { topn_gating::binding::define_operators(m); }
+STABLE_TORCH_LIBRARY(topn_gating_simt, m) { TOPN_GATING_OPERATORS(TOPN_GATING_DEFINE) }
 STABLE_TORCH_LIBRARY_IMPL(topn_gating_simt, CPU, m) {
   using namespace topn_gating::binding;
-  implement_operators<Simt>(m);
+  using Backend = Simt;
+  TOPN_GATING_OPERATORS(TOPN_GATING_IMPLEMENT)
 }
