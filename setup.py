@@ -77,7 +77,7 @@ def add_cuda(extension, nvcc: str) -> None:
     architectures = re.findall(r",code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))
     architectures.sort(key=lambda name: (len(name), name))  # sm_80 sm_90 sm_100 compute_100
 
-    extension.sources += ["csrc/torch/cuda.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
+    extension.sources += ["csrc/torch/cuda_backend.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
     told = {"TOPN_CUDA_VERSION": version, "TOPN_CUDA_ARCHITECTURES": " ".join(architectures)}
     extension.define_macros += [(name, f'"{value}"') for name, value in told.items()]
     extension.include_dirs += cpp_extension.include_paths("cuda", torch_include_dirs=False)
@@ -93,7 +93,7 @@ def extension(nvcc: str | None):
     """The extension, with CUDA if there is a compiler for it."""
     # level_*.cpp include the kernels.
     kernels = ["level.cpp", "level_baseline.cpp", "level_avx2.cpp", "level_avx512.cpp", "workspace.cpp"]
-    glue = ["schema.cpp", "cpu.cpp", "module.cpp"]
+    glue = ["schema.cpp", "cpu_backend.cpp", "module.cpp"]
     flags = ["-std=c++17", *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"])]
     result = cpp_extension.CppExtension(
         "topn_gating._C",
@@ -109,7 +109,7 @@ def extension(nvcc: str | None):
         },
     )
     if nvcc is None:
-        result.sources += ["csrc/torch/no_cuda.cpp"]
+        result.sources += ["csrc/torch/no_cuda_backend.cpp"]
     else:
         add_cuda(result, nvcc)
     return result

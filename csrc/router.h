@@ -172,37 +172,26 @@ struct LinearBackward {
   void* workspace;          // workspace_bytes(*this) of them, 16-byte aligned
 };
 
-namespace cpu {
+// The kernels of every backend, then those of the CPU alone: X(argument struct, name in messages).
+#define TOPN_GATING_KERNELS(X)                 \
+  X(Gate, "gate")                              \
+  X(GateBackward, "gate_backward")             \
+  X(Assign, "assign")                          \
+  X(AssignBackward, "assign_backward")         \
+  X(Dense, "dense")                            \
+  X(DenseBackward, "dense_backward")           \
+  X(Dispatch, "dispatch")                      \
+  X(DispatchBackward, "dispatch_backward")     \
+  X(Combine, "combine")                        \
+  X(CombineBackward, "combine_backward")
+#define TOPN_GATING_CPU_KERNELS(X) \
+  X(Linear, "linear")              \
+  X(LinearBackward, "linear_backward")
 
-// Runs body(context, begin, end) over a partition of [begin, end), in parts of at least `grain`, on the caller's threads.
-using Body = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+#define TOPN_GATING_NAME(Args, name) \
+  constexpr const char* kernel_name(const Args&) { return name; }
+TOPN_GATING_KERNELS(TOPN_GATING_NAME)
+TOPN_GATING_CPU_KERNELS(TOPN_GATING_NAME)
+#undef TOPN_GATING_NAME
 
-int64_t workspace_bytes(const Gate&);
-int64_t workspace_bytes(const GateBackward&);
-int64_t workspace_bytes(const Assign&);
-int64_t workspace_bytes(const LinearBackward&);
-
-// One set of kernels for one level of the instruction set.
-struct Kernels {
-  const char* level;
-  void (*gate)(const Gate&, ParallelFor);
-  void (*gate_backward)(const GateBackward&, ParallelFor);
-  void (*assign)(const Assign&, ParallelFor);
-  void (*assign_backward)(const AssignBackward&, ParallelFor);
-  void (*dense)(const Dense&, ParallelFor);
-  void (*dense_backward)(const DenseBackward&, ParallelFor);
-  void (*dispatch)(const Dispatch&, ParallelFor);
-  void (*dispatch_backward)(const DispatchBackward&, ParallelFor);
-  void (*combine)(const Combine&, ParallelFor);
-  void (*combine_backward)(const CombineBackward&, ParallelFor);
-  void (*linear)(const Linear&, ParallelFor);
-  void (*linear_backward)(const LinearBackward&, ParallelFor);
-};
-
-// The best set that this processor runs. The environment variable TOPN_GATING_CPU_LEVEL (baseline, avx2, avx512) may ask for a
-// lower one; it is read once.
-const Kernels& kernels();
-
-}  // namespace cpu
 }  // namespace topn_gating

@@ -9,6 +9,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "cpu/kernels.h"
 #include "device.h"
 
 namespace topn_gating::bench {
@@ -61,7 +62,7 @@ class Cpu : public Device {
   const char* name() const override { return "cpu"; }
   bool is_cpu() const override { return true; }
   std::string description() const override {
-    return std::string(cpu::kernels().level) + ", " + std::to_string(omp_get_max_threads()) + " threads";
+    return std::string(cpu::level()) + ", " + std::to_string(omp_get_max_threads()) + " threads";
   }
 
   std::shared_ptr<void> memory_of(const Buffer& buffer) override {
@@ -93,18 +94,18 @@ class Cpu : public Device {
   int64_t workspace_bytes(const Assign& a) const override { return cpu::workspace_bytes(a); }
   int64_t workspace_bytes(const LinearBackward& a) const override { return cpu::workspace_bytes(a); }
 
-  void run(const Gate& a) override { cpu::kernels().gate(a, parallel_for); }
-  void run(const GateBackward& a) override { cpu::kernels().gate_backward(a, parallel_for); }
-  void run(const Assign& a) override { cpu::kernels().assign(a, parallel_for); }
-  void run(const AssignBackward& a) override { cpu::kernels().assign_backward(a, parallel_for); }
-  void run(const Dense& a) override { cpu::kernels().dense(a, parallel_for); }
-  void run(const DenseBackward& a) override { cpu::kernels().dense_backward(a, parallel_for); }
-  void run(const Dispatch& a) override { cpu::kernels().dispatch(a, parallel_for); }
-  void run(const DispatchBackward& a) override { cpu::kernels().dispatch_backward(a, parallel_for); }
-  void run(const Combine& a) override { cpu::kernels().combine(a, parallel_for); }
-  void run(const CombineBackward& a) override { cpu::kernels().combine_backward(a, parallel_for); }
-  void run(const Linear& a) override { cpu::kernels().linear(a, parallel_for); }
-  void run(const LinearBackward& a) override { cpu::kernels().linear_backward(a, parallel_for); }
+  void run(const Gate& a) override { cpu::run(a, parallel_for); }
+  void run(const GateBackward& a) override { cpu::run(a, parallel_for); }
+  void run(const Assign& a) override { cpu::run(a, parallel_for); }
+  void run(const AssignBackward& a) override { cpu::run(a, parallel_for); }
+  void run(const Dense& a) override { cpu::run(a, parallel_for); }
+  void run(const DenseBackward& a) override { cpu::run(a, parallel_for); }
+  void run(const Dispatch& a) override { cpu::run(a, parallel_for); }
+  void run(const DispatchBackward& a) override { cpu::run(a, parallel_for); }
+  void run(const Combine& a) override { cpu::run(a, parallel_for); }
+  void run(const CombineBackward& a) override { cpu::run(a, parallel_for); }
+  void run(const Linear& a) override { cpu::run(a, parallel_for); }
+  void run(const LinearBackward& a) override { cpu::run(a, parallel_for); }
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
 // A GPU: the current device of the CUDA runtime.
 #include <stdexcept>
 
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "device.h"
 
 namespace topn_gating::bench {
@@ -75,16 +75,16 @@ class Cuda : public Device {
   int64_t workspace_bytes(const GateBackward& a) const override { return cuda::workspace_bytes(a); }
   int64_t workspace_bytes(const Assign& a) const override { return cuda::workspace_bytes(a); }
 
-  void run(const Gate& a) override { check(cuda::gate(a, stream_)); }
-  void run(const GateBackward& a) override { check(cuda::gate_backward(a, stream_)); }
-  void run(const Assign& a) override { check(cuda::assign(a, stream_)); }
-  void run(const AssignBackward& a) override { check(cuda::assign_backward(a, stream_)); }
-  void run(const Dense& a) override { check(cuda::dense(a, stream_)); }
-  void run(const DenseBackward& a) override { check(cuda::dense_backward(a, stream_)); }
-  void run(const Dispatch& a) override { check(cuda::dispatch(a, stream_)); }
-  void run(const DispatchBackward& a) override { check(cuda::dispatch_backward(a, stream_)); }
-  void run(const Combine& a) override { check(cuda::combine(a, stream_)); }
-  void run(const CombineBackward& a) override { check(cuda::combine_backward(a, stream_)); }
+  void run(const Gate& a) override { check(cuda::run(a, stream_)); }
+  void run(const GateBackward& a) override { check(cuda::run(a, stream_)); }
+  void run(const Assign& a) override { check(cuda::run(a, stream_)); }
+  void run(const AssignBackward& a) override { check(cuda::run(a, stream_)); }
+  void run(const Dense& a) override { check(cuda::run(a, stream_)); }
+  void run(const DenseBackward& a) override { check(cuda::run(a, stream_)); }
+  void run(const Dispatch& a) override { check(cuda::run(a, stream_)); }
+  void run(const DispatchBackward& a) override { check(cuda::run(a, stream_)); }
+  void run(const Combine& a) override { check(cuda::run(a, stream_)); }
+  void run(const CombineBackward& a) override { check(cuda::run(a, stream_)); }
 
  private:
   cudaStream_t stream_ = nullptr;

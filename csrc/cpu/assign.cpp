@@ -178,11 +178,11 @@ void assign_backward_as(const AssignBackward& a, ParallelFor parallel_for) {
 
 }  // namespace
 
-void assign(const Assign& a, ParallelFor parallel_for) {
+void run(const Assign& a, ParallelFor parallel_for) {
   a.is_double ? assign_as<double>(a, parallel_for) : assign_as<float>(a, parallel_for);
 }
 
-void assign_backward(const AssignBackward& a, ParallelFor parallel_for) {
+void run(const AssignBackward& a, ParallelFor parallel_for) {
   a.is_double ? assign_backward_as<double>(a, parallel_for) : assign_backward_as<float>(a, parallel_for);
 }
 

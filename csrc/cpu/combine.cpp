@@ -35,7 +35,7 @@ void combine_backward_tokens(const CombineBackward& a, const OutputRows& grad_y,
 
 }  // namespace
 
-void combine(const Combine& a, ParallelFor parallel_for) {
+void run(const Combine& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const OutputRows out(a.out, a.assignment.groups * a.assignment.tokens, a.dim * int64_t(sizeof(T)));
@@ -44,7 +44,7 @@ void combine(const Combine& a, ParallelFor parallel_for) {
   });
 }
 
-void combine_backward(const CombineBackward& a, ParallelFor parallel_for) {
+void run(const CombineBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const OutputRows grad_y(a.grad_y, slots_of(a.assignment), a.dim * int64_t(sizeof(T)));

@@ -131,7 +131,7 @@ void dense_backward_tokens(const DenseBackward& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void dense(const Dense& a, ParallelFor parallel_for) {
+void run(const Dense& a, ParallelFor parallel_for) {
   const Assignment& s = a.assignment;
   const int64_t row = s.experts * s.capacity;
   const int64_t bytes = s.groups * s.tokens * row * element_bytes(a.dtype);
@@ -153,7 +153,7 @@ void dense(const Dense& a, ParallelFor parallel_for) {
   });
 }
 
-void dense_backward(const DenseBackward& a, ParallelFor parallel_for) {
+void run(const DenseBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const Assignment& s = a.assignment;

@@ -23,7 +23,7 @@ void dispatch_backward_tokens(const DispatchBackward& a, const OutputRows& grad_
 
 }  // namespace
 
-void dispatch(const Dispatch& a, ParallelFor parallel_for) {
+void run(const Dispatch& a, ParallelFor parallel_for) {
   const int64_t row_bytes = a.dim * element_bytes(a.dtype);
   const char* x = static_cast<const char*>(a.x);
   const OutputRows y(a.y, slots_of(a.assignment), row_bytes);
@@ -39,7 +39,7 @@ void dispatch(const Dispatch& a, ParallelFor parallel_for) {
       [&](int64_t begin, int64_t end) { clear_free_rows(a.assignment, y, begin, end); });
 }
 
-void dispatch_backward(const DispatchBackward& a, ParallelFor parallel_for) {
+void run(const DispatchBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const OutputRows grad_x(a.grad_x, a.assignment.groups * a.assignment.tokens, a.dim * int64_t(sizeof(T)));

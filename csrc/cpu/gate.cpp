@@ -160,7 +160,7 @@ void gate_losses(const Gate& a, int64_t tiles_of_group, ParallelFor parallel_for
 
 }  // namespace
 
-void gate(const Gate& a, ParallelFor parallel_for) {
+void run(const Gate& a, ParallelFor parallel_for) {
   const int64_t tiles_of_group = gate_tiles(a.tokens);
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;

@@ -162,7 +162,7 @@ double z_loss_scale(const GateBackward& a) {
 
 }  // namespace
 
-void gate_backward(const GateBackward& a, ParallelFor parallel_for) {
+void run(const GateBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const double z_scale = z_loss_scale<RealOf<T>>(a);

@@ -1,34 +1,31 @@
-// The kernels of one level, and their table. Included once by each level_*.cpp.
-#define TOPN_NAMESPACE topn_gating::cpu::TOPN_LEVEL
-#define TOPN_STRING_(x) #x
-#define TOPN_STRING(x) TOPN_STRING_(x)
-#define TOPN_TABLE_(level) level##_kernels
-#define TOPN_TABLE(level) TOPN_TABLE_(level)
+// The CPU kernels: one overload of `run` for each argument struct of router.h.
+#pragma once
 
-#include "cpu/gate.cpp"
-#include "cpu/gate_backward.cpp"
-#include "cpu/assign.cpp"
-#include "cpu/dense.cpp"
-#include "cpu/dispatch.cpp"
-#include "cpu/combine.cpp"
-#include "cpu/linear.cpp"
+#include "router.h"
 
 namespace topn_gating::cpu {
 
-const Kernels TOPN_TABLE(TOPN_LEVEL) = {
-    TOPN_STRING(TOPN_LEVEL),
-    TOPN_LEVEL::gate,
-    TOPN_LEVEL::gate_backward,
-    TOPN_LEVEL::assign,
-    TOPN_LEVEL::assign_backward,
-    TOPN_LEVEL::dense,
-    TOPN_LEVEL::dense_backward,
-    TOPN_LEVEL::dispatch,
-    TOPN_LEVEL::dispatch_backward,
-    TOPN_LEVEL::combine,
-    TOPN_LEVEL::combine_backward,
-    TOPN_LEVEL::linear,
-    TOPN_LEVEL::linear_backward,
-};
+// A loop over [begin, end) on the caller's threads: calls body(first, last, context) for parts that together cover it, each
+// of at least `grain` items unless the loop has fewer.
+using Body = void (*)(int64_t first, int64_t last, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+
+// Bytes that `workspace` must have: none, unless a struct has an overload below.
+template <class Args>
+int64_t workspace_bytes(const Args&) {
+  return 0;
+}
+int64_t workspace_bytes(const Gate&);
+int64_t workspace_bytes(const Assign&);
+int64_t workspace_bytes(const LinearBackward&);
+
+#define TOPN_GATING_RUN(Args, name) void run(const Args&, ParallelFor);
+TOPN_GATING_KERNELS(TOPN_GATING_RUN)
+TOPN_GATING_CPU_KERNELS(TOPN_GATING_RUN)
+#undef TOPN_GATING_RUN
+
+// The instruction set that `run` uses (baseline, avx2, avx512): the best that this processor has, or a lower one that the
+// environment variable TOPN_GATING_CPU_LEVEL names. It is chosen once.
+const char* level();
 
 }  // namespace topn_gating::cpu

@@ -18,12 +18,4 @@
 #include <sys/mman.h>
 #endif
 
-#include "router.h"
-
-namespace topn_gating::cpu {
-extern const Kernels baseline_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
-#endif
-}  // namespace topn_gating::cpu
+#include "cpu/kernels.h"

@@ -11,7 +11,7 @@
 
 #define TOPN_LEVEL avx512
 #define TOPN_VECTOR_BYTES 64
-#include "cpu/kernels.h"
+#include "cpu/kernels-inl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,4 +3,4 @@
 
 #define TOPN_LEVEL baseline
 #define TOPN_VECTOR_BYTES 16
-#include "cpu/kernels.h"
+#include "cpu/kernels-inl.h"

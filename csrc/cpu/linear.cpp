@@ -262,7 +262,7 @@ void add_chunks(const LinearBackward& a, const LinearCut& cut, const RealOf<T>* 
 
 }  // namespace
 
-void linear(const Linear& a, ParallelFor parallel_for) {
+void run(const Linear& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     using R = RealOf<T>;
@@ -276,7 +276,7 @@ void linear(const Linear& a, ParallelFor parallel_for) {
   });
 }
 
-void linear_backward(const LinearBackward& a, ParallelFor parallel_for) {
+void run(const LinearBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     using R = RealOf<T>;

@@ -3,7 +3,7 @@
 // The pairs of a group are one sequence, cut into runs, a warp each. A bin is a rank and an expert. Counting the routed pairs
 // of each run and bin, and adding the counts up over runs, tiles (the runs of a block) and lower ranks, gives every run its
 // first slots; it then hands them out alone, in order. Integers only: any schedule gives the same bits.
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/pairs.cuh"
 
 namespace topn_gating::cuda {
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) assign_backward_pairs(Assi
 
 int64_t workspace_bytes(const Assign& a) { return task_of(a).bytes; }
 
-cudaError_t assign(const Assign& a, cudaStream_t stream) {
+cudaError_t run(const Assign& a, cudaStream_t stream) {
   const AssignTask task = task_of(a);
   const int64_t blocks = a.groups * task.tiles;
   if (blocks == 0) return cudaSuccess;
@@ -220,7 +220,7 @@ cudaError_t assign(const Assign& a, cudaStream_t stream) {
                          : SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, task);
 }
 
-cudaError_t assign_backward(const AssignBackward& a, cudaStream_t stream) {
+cudaError_t run(const AssignBackward& a, cudaStream_t stream) {
   if (a.pairs == 0) return cudaSuccess;
   const auto kernel = a.is_double ? assign_backward_pairs<double> : assign_backward_pairs<float>;
   return SIMT_LAUNCH(kernel, grid_of(parts<int64_t>(a.pairs, SIMT_BLOCK_THREADS)), SIMT_BLOCK_THREADS, 0, stream, a);

@@ -1,5 +1,5 @@
 // Expert buffers back to token rows on a GPU: forward a warp a token, backward a warp a slot.
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/rows.cuh"
 
 namespace topn_gating::cuda {
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) combine_backward_slots(
 
 }  // namespace
 
-cudaError_t combine(const Combine& a, cudaStream_t stream) {
+cudaError_t run(const Combine& a, cudaStream_t stream) {
   return launch_sum_rows(a.dtype, {a.assignment, {}, a.dim, a.y, a.weight, a.out, nullptr, nullptr}, stream);
 }
 
-cudaError_t combine_backward(const CombineBackward& a, cudaStream_t stream) {
+cudaError_t run(const CombineBackward& a, cudaStream_t stream) {
   const Assignment& s = a.assignment;
   if (s.groups == 0) return cudaSuccess;
   const CombineBackwardTask task{a, plan_rows(s.groups * s.experts * s.capacity, 4)};

@@ -3,7 +3,7 @@
 // A warp takes 512 bytes of each output at once. Its lanes hold the entries of 32 pairs; those that fall into the 512 bytes go
 // from lane to lane.
 #include "cuda/element.cuh"
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 
 namespace topn_gating::cuda {
 namespace {
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) dense_backward_pairs(Dense
 
 }  // namespace
 
-cudaError_t dense(const Dense& a, cudaStream_t stream) {
+cudaError_t run(const Dense& a, cudaStream_t stream) {
   const Assignment& s = a.assignment;
   const int64_t size = s.groups * s.tokens * s.experts * s.capacity;
   if (size == 0) return cudaSuccess;
@@ -133,7 +133,7 @@ cudaError_t dense(const Dense& a, cudaStream_t stream) {
   });
 }
 
-cudaError_t dense_backward(const DenseBackward& a, cudaStream_t stream) {
+cudaError_t run(const DenseBackward& a, cudaStream_t stream) {
   const int64_t pairs = a.assignment.groups * a.assignment.tokens * a.assignment.top_n;
   if (pairs == 0) return cudaSuccess;
   return with_type(a.dtype, [&](auto* element) {

@@ -1,5 +1,5 @@
 // Token rows to expert buffers on a GPU. A warp a slot: it copies the row of the token that holds it, or writes zeros.
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/rows.cuh"
 
 namespace topn_gating::cuda {
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) copy_rows(CopyRows a) {
 
 }  // namespace
 
-cudaError_t dispatch(const Dispatch& a, cudaStream_t stream) {
+cudaError_t run(const Dispatch& a, cudaStream_t stream) {
   const Assignment& s = a.assignment;
   const int64_t slots = s.groups * s.experts * s.capacity, bytes = element_bytes(a.dtype);
   if (slots == 0 || a.dim == 0) return cudaSuccess;
@@ -55,7 +55,7 @@ cudaError_t dispatch(const Dispatch& a, cudaStream_t stream) {
   return SIMT_LAUNCH(kernel, task.plan.grid, SIMT_BLOCK_THREADS, 0, stream, task);
 }
 
-cudaError_t dispatch_backward(const DispatchBackward& a, cudaStream_t stream) {
+cudaError_t run(const DispatchBackward& a, cudaStream_t stream) {
   return launch_sum_rows(a.dtype, {a.assignment, {}, a.dim, a.grad_y, nullptr, a.grad_x, a.x, a.grad_weight}, stream);
 }
 

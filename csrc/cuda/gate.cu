@@ -1,7 +1,7 @@
 // SPEC steps 3 to 6 on a GPU: a warp, or a part of one, a token, its row in registers. What the tokens give to the losses is
 // added up on the way, tile by tile.
 #include "cuda/gate_sums.cuh"
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/topn.cuh"
 
 namespace topn_gating::cuda {
@@ -232,7 +232,7 @@ int64_t workspace_bytes(const Gate& a) {
   return bytes;
 }
 
-cudaError_t gate(const Gate& a, cudaStream_t stream) {
+cudaError_t run(const Gate& a, cudaStream_t stream) {
   return with_row(a, [&](auto* element, auto* lanes) { return launch_gate(a, stream, element, lanes); });
 }
 

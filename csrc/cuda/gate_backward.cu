@@ -1,6 +1,6 @@
 // Gradients of SPEC steps 4 to 6 and 10 on a GPU: the gates of each token are computed again, which costs less than to keep
 // them.
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/token.cuh"
 
 namespace topn_gating::cuda {
@@ -220,7 +220,7 @@ int64_t workspace_bytes(const GateBackward& a) {
   return bytes;
 }
 
-cudaError_t gate_backward(const GateBackward& a, cudaStream_t stream) {
+cudaError_t run(const GateBackward& a, cudaStream_t stream) {
   return with_row(a, [&](auto* element, auto* lanes) { return launch_gate_backward(a, stream, element, lanes); });
 }
 

@@ -1,8 +1,8 @@
-// The importable module: importing it registers the operators (schema.cpp, cpu.cpp, and cuda.cpp or no_cuda.cpp); by itself it
-// tells of its build.
+// The importable module: importing it registers the operators (schema.cpp, cpu_backend.cpp, and cuda_backend.cpp or
+// no_cuda_backend.cpp); its one function describes the build.
 #include <pybind11/pybind11.h>
 
-#include "router.h"
+#include "cpu/kernels.h"
 
 #if defined(__clang__)
 #define TOPN_COMPILER "clang " __clang_version__
@@ -16,7 +16,7 @@ static py::dict build_info() {
   py::dict info;
   info["compiler"] = TOPN_COMPILER;
   info["torch"] = TOPN_BUILD_TORCH;  // the version that was built against; any later one runs it
-  info["cpu_level"] = topn_gating::cpu::kernels().level;
+  info["cpu_level"] = topn_gating::cpu::level();
 #ifdef TOPN_CUDA_VERSION
   info["cuda"] = TOPN_CUDA_VERSION;
   info["cuda_architectures"] = py::str(TOPN_CUDA_ARCHITECTURES).attr("split")();

@@ -54,7 +54,7 @@ void run_assign(Suite& suite, const AssignCase& c, Policy policy, bool is_double
   trial.output("slot", &Assign::slot, Type::I32, pairs);
   trial.output("source", &Assign::source, Type::I32, c.groups * c.experts * c.capacity);
   trial.output("demand", &Assign::demand, Type::I32, c.groups * c.experts);
-  trial.run(suite, cpu::kernels().assign, cuda::assign, 1);
+  trial.run(suite, 1);
 }
 
 void run_backward(Suite& suite, int64_t pairs, bool is_double) {
@@ -65,7 +65,7 @@ void run_backward(Suite& suite, int64_t pairs, bool is_double) {
   const Buffer slot = Buffer::of(Type::I32, pairs, false, [&](int64_t) { return double(random.below(6) - 2); });
   Trial<AssignBackward> trial({is_double, pairs, grad_kept.data(), slot.as<const int32_t>(), nullptr}, false);
   trial.output("grad_weight", &AssignBackward::grad_weight, real, pairs);
-  trial.run(suite, cpu::kernels().assign_backward, cuda::assign_backward, 1);
+  trial.run(suite, 1);
 }
 
 constexpr AssignCase kCases[] = {

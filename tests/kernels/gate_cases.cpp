@@ -110,7 +110,7 @@ void run_gate(Suite& suite, const GateCase& c, bool quick = false) {
   simt_set_multiprocessors(c.multiprocessors);
   Random random(uint64_t(c.experts * 1000 + c.top_n));
   const GateInputs inputs(c, random);
-  gate_trial(c, inputs).run(suite, cpu::kernels().gate, cuda::gate, c.losses ? 2 : 1);
+  gate_trial(c, inputs).run(suite, c.losses ? 2 : 1);
 }
 
 // About how large a gradient at a gate is, which cancels against the mean where the gate is near 1: the fewer real tokens a
@@ -132,7 +132,7 @@ void run_backward(Suite& suite, const GateCase& c, bool quick = false) {
   simt_set_multiprocessors(c.multiprocessors);
   Random random(uint64_t(c.experts * 1000 + c.top_n));
   const GateInputs inputs(c, random);
-  const std::vector<Buffer> chosen = gate_trial(c, inputs).run_on_cpu(cpu::kernels().gate);
+  const std::vector<Buffer> chosen = gate_trial(c, inputs).run_on_cpu();
   const Buffer& top_count = chosen[3];
   const Type real = real_of(c.dtype);
   const Buffer expert = Buffer::of(Type::I32, chosen[1].count(), c.aligned, [&](int64_t i) {
@@ -158,7 +158,7 @@ void run_backward(Suite& suite, const GateCase& c, bool quick = false) {
   Trial<GateBackward> trial(a, c.aligned);
   trial.output("grad_logits", &GateBackward::grad_logits, type_of(c.dtype), inputs.logits.count(),
                Bound{1, 32, largest_gradient(c, top_count)});
-  trial.run(suite, cpu::kernels().gate_backward, cuda::gate_backward, 2);
+  trial.run(suite, 2);
 }
 
 constexpr int64_t kExperts[] = {1, 2, 3, 7, 8, 16, 17, 33, 64, 100, 128, 200, 256, 300, 512, 600};

@@ -113,7 +113,7 @@ void Suite::fail(const std::string& what) {
 }
 
 int Suite::finish() const {
-  std::printf("%d cases on %s, %d failed\n", cases_, cpu::kernels().level, failures_);
+  std::printf("%d cases on %s, %d failed\n", cases_, cpu::level(), failures_);
   return failures_ == 0 && cases_ > 0 ? 0 : 1;
 }
 

@@ -8,7 +8,8 @@
 #include <vector>
 
 #include "buffer.h"
-#include "cuda/launch.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "router.h"
 
 namespace kernels_test {
@@ -74,12 +75,11 @@ class Trial {
   }
 
   // `launches`: no more of them.
-  void run(Suite& suite, void (*on_cpu)(const Args&, cpu::ParallelFor), cudaError_t (*on_cuda)(const Args&, cudaStream_t),
-           long launches) {
-    const std::vector<Buffer> expected = run_on_cpu(on_cpu);
+  void run(Suite& suite, long launches) {
+    const std::vector<Buffer> expected = run_on_cpu();
     std::vector<Buffer> first;
     for (const Schedule& schedule : kSchedules) {
-      std::vector<Buffer> got = run_on_host(suite, on_cuda, schedule, launches);
+      std::vector<Buffer> got = run_on_host(suite, schedule, launches);
       if (got.empty()) return;
       for (size_t i = 0; i < got.size(); ++i) {
         const std::string name = std::string(schedule.name) + ": " + outputs_[i].name;
@@ -95,14 +95,14 @@ class Trial {
   }
 
   // What the CPU's kernel gives.
-  std::vector<Buffer> run_on_cpu(void (*kernel)(const Args&, cpu::ParallelFor)) {
+  std::vector<Buffer> run_on_cpu() {
     std::vector<Buffer> results = make_outputs(true, 0xff);
     Buffer workspace(Type::Bool, 0);
     if constexpr (kHasWorkspace<Args>) {
       workspace = Buffer(Type::Bool, cpu::workspace_bytes(args_));
       args_.workspace = workspace.data();
     }
-    kernel(args_, on_threads);
+    cpu::run(args_, on_threads);
     return results;
   }
 
@@ -124,8 +124,7 @@ class Trial {
     return made;
   }
 
-  std::vector<Buffer> run_on_host(Suite& suite, cudaError_t (*launcher)(const Args&, cudaStream_t),
-                                  const Schedule& schedule, long launches) {
+  std::vector<Buffer> run_on_host(Suite& suite, const Schedule& schedule, long launches) {
     std::vector<Buffer> results = make_outputs(aligned_, schedule.fill);
     Buffer workspace(Type::Bool, 0);
     if constexpr (kHasWorkspace<Args>) {
@@ -134,7 +133,7 @@ class Trial {
     }
     simt_reset();
     simt_set_schedule(schedule.kind, schedule.seed);
-    const cudaError_t error = launcher(args_, nullptr);
+    const cudaError_t error = cuda::run(args_, nullptr);
     if (simt_launches() > launches) suite.fail(std::to_string(simt_launches()) + " launches");
     if (error == cudaSuccess) return results;
     suite.fail(std::string(schedule.name) + ": " + cudaGetErrorString(error) + ": " + simt_error());

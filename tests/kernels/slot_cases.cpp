@@ -57,7 +57,7 @@ struct Slots {
     a.demand = demand.as<int32_t>();
     const Buffer workspace(Type::Bool, cpu::workspace_bytes(a));
     a.workspace = workspace.data();
-    cpu::kernels().assign(a, on_threads);
+    cpu::run(a, on_threads);
   }
 };
 
@@ -99,7 +99,7 @@ void run_dense(Suite& suite, SlotCase& c) {
   const int64_t size = c.tokens() * c.sizes.experts * c.sizes.capacity;
   trial.output("dispatch", &Dense::dispatch, c.type(), size);
   trial.output("combine", &Dense::combine, c.type(), size);
-  trial.run(suite, cpu::kernels().dense, cuda::dense, 1);
+  trial.run(suite, 1);
 }
 
 enum class Layout { Absent, Contiguous, Transposed, Expanded };
@@ -133,7 +133,7 @@ void run_dense_backward(Suite& suite, SlotCase& c, Layout of_dispatch, Layout of
   a.grad_combine = of_combine == Layout::Absent ? nullptr : grad_combine.data();
   Trial<DenseBackward> trial(a, c.aligned);
   trial.output("grad_weight", &DenseBackward::grad_weight, c.real(), c.pairs());
-  trial.run(suite, cpu::kernels().dense_backward, cuda::dense_backward, 1);
+  trial.run(suite, 1);
 }
 
 // Sums of `terms` products of normal numbers.
@@ -144,7 +144,7 @@ void run_dispatch(Suite& suite, SlotCase& c) {
   const Buffer x = c.normals(c.type(), c.tokens() * c.dim);
   Trial<Dispatch> trial({c.dtype, c.slots.args, c.dim, x.data(), nullptr}, c.aligned);
   trial.output("y", &Dispatch::y, c.type(), c.num_slots() * c.dim);
-  trial.run(suite, cpu::kernels().dispatch, cuda::dispatch, 1);
+  trial.run(suite, 1);
 }
 
 void run_dispatch_backward(Suite& suite, SlotCase& c, bool of_weight) {
@@ -154,7 +154,7 @@ void run_dispatch_backward(Suite& suite, SlotCase& c, bool of_weight) {
                                 c.aligned);
   trial.output("grad_x", &DispatchBackward::grad_x, c.type(), c.tokens() * c.dim, sum_of(c.sizes.top_n));
   if (of_weight) trial.output("grad_weight", &DispatchBackward::grad_weight, c.real(), c.pairs(), sum_of(c.dim));
-  trial.run(suite, cpu::kernels().dispatch_backward, cuda::dispatch_backward, 1);
+  trial.run(suite, 1);
 }
 
 void run_combine(Suite& suite, SlotCase& c) {
@@ -162,7 +162,7 @@ void run_combine(Suite& suite, SlotCase& c) {
   const Buffer y = c.normals(c.type(), c.num_slots() * c.dim), weight = c.normals(c.real(), c.pairs());
   Trial<Combine> trial({c.dtype, c.slots.args, c.dim, y.data(), weight.data(), nullptr}, c.aligned);
   trial.output("out", &Combine::out, c.type(), c.tokens() * c.dim, sum_of(c.sizes.top_n));
-  trial.run(suite, cpu::kernels().combine, cuda::combine, 1);
+  trial.run(suite, 1);
 }
 
 void run_combine_backward(Suite& suite, SlotCase& c) {
@@ -173,7 +173,7 @@ void run_combine_backward(Suite& suite, SlotCase& c) {
                                c.aligned);
   trial.output("grad_y", &CombineBackward::grad_y, c.type(), c.num_slots() * c.dim);
   trial.output("grad_weight", &CombineBackward::grad_weight, c.real(), c.pairs(), sum_of(c.dim));
-  trial.run(suite, cpu::kernels().combine_backward, cuda::combine_backward, 1);
+  trial.run(suite, 1);
 }
 
 constexpr Sizes kSizes[] = {{1, 1, 1, 1, 1}, {2, 9, 3, 2, 1},  {1, 40, 5, 3, 30},  {3, 17, 8, 2, 5},
