@@ -1,9 +1,17 @@
-// The contract of the router's kernels: what each reads, what it writes, and what it means (SPEC's steps), once for every
-// backend. Nothing here knows torch, Python or a device.
+// The contract of the router's kernels, once for every backend: what each kernel reads, what it writes, and what that means
+// (docs/spec.md). Nothing here depends on torch, Python or a device.
 //
-// All tensors are contiguous unless strides are given. Leading dimensions are flattened into `groups`. Shapes below use
-// g groups, n tokens, e experts, k ranks (top_n), C slots (capacity), d features. "Real" is float for F32, BF16 and F16
-// data, double for F64.
+// All tensors are contiguous, unless strides are given. Shapes use these letters:
+//
+//   g  groups: all leading dimensions, flattened
+//   n  tokens of a group
+//   e  experts
+//   k  ranks: the experts that each token chooses (top_n), best first
+//   C  capacity: the slots of each expert in each group
+//   d  features of a token
+//
+// A pair is a token and a rank: an element of a tensor (g, n, k). The compute type of a tensor is the type in which its values
+// are computed: float for F32, BF16 and F16, double for F64.
 #pragma once
 
 #include <cstdint>
@@ -14,162 +22,172 @@ enum class DType { F32, F64, BF16, F16 };
 
 constexpr int64_t element_bytes(DType dtype) { return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2; }
 
+struct RoutingSizes {
+  int64_t groups;   // g
+  int64_t tokens;   // n
+  int64_t experts;  // e
+  int64_t top_n;    // k
+};
+
+struct GateOptions {
+  double eps;         // lower bound of the sum that divides a token's weights
+  double noise_mult;  // factor of the Gumbel noise
+  bool soft;          // whether weights come from the soft top-n, computed in double since it magnifies rounding errors tenfold
+};
+
+// What `gate` and its gradient have in common.
+struct GateInputs : RoutingSizes, GateOptions {
+  DType dtype;                       // type of the logits
+  const void* logits = nullptr;      // (g, n, e)
+  const void* noise = nullptr;       // (g, n, e) uniform in [0, 1), of the compute type; null: no noise
+  const bool* token_mask = nullptr;  // (g, n) true where the token is valid; null: all are
+};
+
+// docs/spec.md, steps 3 to 6 and 10: noise, softmax, stable top-n, weights, and both losses.
+struct Gate : GateInputs {
+  bool losses = false;            // whether importance, top_count and both losses are wanted; if not, they are written as zeros
+  void* weight = nullptr;         // (g, n, k) weights of the chosen experts, of the compute type
+  int32_t* expert = nullptr;      // (g, n, k) indices of the chosen experts
+  void* importance = nullptr;     // (g, e) mean over valid tokens of the gates, of the compute type
+  int32_t* top_count = nullptr;   // (g, e) number of valid tokens whose first choice is this expert
+  void* balance_loss = nullptr;   // () of the compute type
+  void* router_z_loss = nullptr;  // () of the compute type
+  void* workspace = nullptr;      // workspace_bytes(*this) bytes, aligned to 16
+};
+
+// Gradient of the loss with respect to the logits. A null gradient is zero.
+struct GateBackward : GateInputs {
+  const void* grad_weight = nullptr;         // (g, n, k) of the compute type, or null
+  const void* grad_importance = nullptr;     // (g, e) of the compute type, or null
+  const void* grad_balance_loss = nullptr;   // () of the compute type, or null
+  const void* grad_router_z_loss = nullptr;  // () of the compute type, or null
+  const int32_t* expert = nullptr;           // (g, n, k) as `gate` wrote it; an index out of range is read as 0
+  const int32_t* top_count = nullptr;        // (g, e) as `gate` wrote it
+  void* grad_logits = nullptr;               // (g, n, e) of type dtype
+  void* workspace = nullptr;                 // workspace_bytes(*this) bytes, aligned to 16
+};
+
+// Which pairs of ranks above 0 are routed: with probability weight / threshold, above the threshold, all, or none.
 enum class Policy { Random, Threshold, All, None };
 
-// Values of `slot` for pairs that hold none.
-constexpr int32_t kBelowThreshold = -1;
-constexpr int32_t kOverCapacity = -2;
-
-// SPEC steps 3 to 6 and 10: noise, softmax, stable top-n, weights, and the sums that the two losses need.
-struct Gate {
-  DType dtype;
-  int64_t groups, tokens, experts, top_n;
-  double eps, noise_mult;
-  bool soft;    // weights from the soft top-n, computed in double: its exponent multiplies a gate's rounding by ten
-  bool losses;  // false: importance, top_count and both losses are written as zeros
-  const void* logits;         // (g, n, e)
-  const void* noise;          // (g, n, e) Real, uniform in [0, 1), or null
-  const bool* token_mask;   // (g, n), true where the token is real, or null
-  void* weight;               // (g, n, k) Real
-  int32_t* expert;            // (g, n, k)
-  void* importance;           // (g, e) Real: mean over real tokens of the gates
-  int32_t* top_count;         // (g, e): real tokens whose rank-0 expert this is
-  void* balance_loss;         // () Real
-  void* router_z_loss;        // () Real
-  void* workspace;            // workspace_bytes(*this) of them, 16-byte aligned
-};
-
-// Gradient of Gate's weight, importance and losses with respect to the logits. A null gradient is zero.
-struct GateBackward {
-  DType dtype;
-  int64_t groups, tokens, experts, top_n;
-  double eps, noise_mult;
-  bool soft;
-  const void* grad_weight;         // (g, n, k) Real
-  const void* grad_importance;     // (g, e) Real
-  const void* grad_balance_loss;   // () Real
-  const void* grad_router_z_loss;  // () Real
-  const void* logits;
-  const void* noise;
-  const bool* token_mask;
-  const int32_t* expert;     // (g, n, k); out of range: read as 0
-  const int32_t* top_count;  // (g, e)
-  void* grad_logits;         // (g, n, e), the dtype of the logits
-  void* workspace;           // workspace_bytes(*this) of them, 16-byte aligned
-};
-
-// SPEC steps 7 and 8: threshold masking and capacity assignment.
-struct Assign {
-  bool is_double;  // Real of weight, draws and threshold
-  int64_t groups, tokens, experts, top_n, capacity;
+struct AssignOptions {
+  int64_t capacity;  // C
   Policy policy;
-  double eps;
-  const void* weight;        // (g, n, k)
-  const int32_t* expert;     // (g, n, k); out of range: not routed
-  const void* draws;         // (g, n, k), null unless Random
-  const void* threshold;     // (k), null unless Random or Threshold
-  const bool* token_mask;  // (g, n) or null
-  void* kept;                // (g, n, k): weight, 0 where no slot is held
-  int32_t* slot;             // (g, n, k)
-  int32_t* source;           // (g, e, C): n * top_n + rank of the pair that holds the slot, -1 where empty
-  int32_t* demand;           // (g, e): routed pairs before the capacity drop
-  void* workspace;           // workspace_bytes(*this) of them, 16-byte aligned
+  double eps;  // lower bound of the thresholds that divide the weights under Policy::Random
+};
+
+// Values of `slot` for pairs that hold no slot.
+constexpr int32_t kBelowThreshold = -1;  // pairs that are not routed
+constexpr int32_t kOverCapacity = -2;    // routed pairs that came after the expert's slots were taken
+
+// docs/spec.md, steps 7 and 8: which pairs are routed, and which slots they get.
+struct Assign : RoutingSizes, AssignOptions {
+  bool is_double = false;            // whether weight, draws, threshold and kept are double; float if not
+  const void* weight = nullptr;      // (g, n, k)
+  const int32_t* expert = nullptr;   // (g, n, k) a pair whose index is out of range is not routed
+  const void* draws = nullptr;       // (g, n, k) uniform in [0, 1); null unless Policy::Random
+  const void* threshold = nullptr;   // (k); null unless Policy::Random or Policy::Threshold
+  const bool* token_mask = nullptr;  // (g, n) true where the token is valid; null: all are
+  void* kept = nullptr;              // (g, n, k) the weight of each pair that holds a slot, 0 for others
+  int32_t* slot = nullptr;           // (g, n, k) the slot that each pair holds, or kBelowThreshold or kOverCapacity
+  int32_t* source = nullptr;         // (g, e, C) token * top_n + rank, within the group, of the pair that holds the slot; -1: free
+  int32_t* demand = nullptr;         // (g, e) number of routed pairs, those over capacity included
+  void* workspace = nullptr;         // workspace_bytes(*this) bytes, aligned to 16
 };
 
 struct AssignBackward {
-  bool is_double;
-  int64_t pairs;        // g * n * k
-  const void* grad_kept;
-  const int32_t* slot;
-  void* grad_weight;
+  bool is_double = false;           // whether both gradients are double; float if not
+  int64_t pairs;                    // g * n * k
+  const void* grad_kept = nullptr;  // (g, n, k)
+  const int32_t* slot = nullptr;    // (g, n, k)
+  void* grad_weight = nullptr;      // (g, n, k)
 };
 
-// Who holds which slot: what `dense`, `dispatch` and `combine` read. A pair holds a slot where `slot` and `source` agree
-// and both are in range, so that indices made up by a caller can neither leave the tensors nor make two threads meet.
-struct Assignment {
-  int64_t groups, tokens, experts, top_n, capacity;
-  const int32_t* expert;  // (g, n, k)
-  const int32_t* slot;    // (g, n, k)
-  const int32_t* source;  // (g, e, C)
+// Which pair holds which slot. A pair holds a slot where expert, slot and source agree and are in range, so that indices which
+// a caller made up can neither leave the tensors nor make two threads write to one row.
+struct Assignment : RoutingSizes {
+  int64_t capacity;                 // C
+  const int32_t* expert = nullptr;  // (g, n, k)
+  const int32_t* slot = nullptr;    // (g, n, k)
+  const int32_t* source = nullptr;  // (g, e, C)
 };
 
-// SPEC step 9. Each element of the two outputs is written once.
+// docs/spec.md, step 9. Each element of the two outputs is written once.
 struct Dense {
-  DType dtype;  // of the outputs; weight is Real of it
-  Assignment assignment;  // without source: a row belongs to one token
-  const void* weight;     // (g, n, k)
-  void* dispatch;         // (g, n, e, C)
-  void* combine;          // (g, n, e, C)
+  DType dtype;                   // type of both outputs
+  Assignment assignment;         // without source: a row belongs to one token
+  const void* weight = nullptr;  // (g, n, k) of the compute type
+  void* dispatch = nullptr;      // (g, n, e, C) 1 where the pair of the token and the expert holds the slot, 0 elsewhere
+  void* combine = nullptr;       // (g, n, e, C) the pair's weight there, 0 elsewhere
 };
 
 struct DenseBackward {
-  DType dtype;
+  DType dtype;                          // type of both gradients
+  Assignment assignment;                // without source
+  const void* grad_dispatch = nullptr;  // (g, n, e, C) by strides, or null
+  const void* grad_combine = nullptr;   // (g, n, e, C) by strides, or null
+  int64_t dispatch_strides[4];          // in elements
+  int64_t combine_strides[4];           // in elements
+  void* grad_weight = nullptr;          // (g, n, k) of the compute type
+};
+
+// Rows of features that move between tokens and the slots of the experts.
+struct AssignedRows {
+  DType dtype;  // type of the rows
   Assignment assignment;
-  const void* grad_dispatch;  // (g, n, e, C) by strides, or null
-  const void* grad_combine;   // (g, n, e, C) by strides, or null
-  int64_t dispatch_strides[4];
-  int64_t combine_strides[4];
-  void* grad_weight;  // (g, n, k) Real
+  int64_t dim;  // d
 };
 
-// Rows of tokens to rows of expert buffers; empty slots are zero.
-struct Dispatch {
-  DType dtype;
-  Assignment assignment;
-  int64_t dim;
-  const void* x;  // (g, n, d)
-  void* y;        // (g, e, C, d)
+// Copies each token's row to the slots that its pairs hold. Rows of free slots are zero.
+struct Dispatch : AssignedRows {
+  const void* x = nullptr;  // (g, n, d)
+  void* y = nullptr;        // (g, e, C, d)
 };
 
-struct DispatchBackward {
-  DType dtype;
-  Assignment assignment;
-  int64_t dim;
-  const void* grad_y;  // (g, e, C, d)
-  const void* x;       // (g, n, d); null: no gradient of the weight is wanted
-  void* grad_x;        // (g, n, d)
-  void* grad_weight;   // (g, n, k) Real, null with x
+struct DispatchBackward : AssignedRows {
+  const void* grad_y = nullptr;  // (g, e, C, d)
+  const void* x = nullptr;       // (g, n, d); null where no gradient of the weight is wanted
+  void* grad_x = nullptr;        // (g, n, d)
+  void* grad_weight = nullptr;   // (g, n, k) of the compute type; null with x
 };
 
-// Rows of expert buffers back to rows of tokens, weighted and summed in rank order.
-struct Combine {
-  DType dtype;
-  Assignment assignment;
-  int64_t dim;
-  const void* y;       // (g, e, C, d)
-  const void* weight;  // (g, n, k) Real
-  void* out;           // (g, n, d)
+// Sums the rows of the slots that each token's pairs hold, each times the pair's weight, in the order of the ranks.
+struct Combine : AssignedRows {
+  const void* y = nullptr;       // (g, e, C, d)
+  const void* weight = nullptr;  // (g, n, k) of the compute type
+  void* out = nullptr;           // (g, n, d)
 };
 
-struct CombineBackward {
-  DType dtype;
-  Assignment assignment;
-  int64_t dim;
-  const void* grad_out;  // (g, n, d)
-  const void* y;
-  const void* weight;
-  void* grad_y;       // (g, e, C, d); empty slots get zero
-  void* grad_weight;  // (g, n, k) Real
+struct CombineBackward : AssignedRows {
+  const void* grad_out = nullptr;  // (g, n, d)
+  const void* y = nullptr;         // (g, e, C, d)
+  const void* weight = nullptr;    // (g, n, k) of the compute type
+  void* grad_y = nullptr;          // (g, e, C, d) zero where the slot is free
+  void* grad_weight = nullptr;     // (g, n, k) of the compute type
 };
 
-// SPEC step 2, on the CPU alone: elsewhere torch's own products serve. Computed in Real, each result rounded once.
-struct Linear {
-  DType dtype;
-  int64_t tokens, dim, experts;  // tokens: of all groups
-  const void* x;                 // (g, n, d)
-  const void* weight;            // (e, d)
-  void* logits;                  // (g, n, e)
+struct LinearSizes {
+  DType dtype;      // type of all tensors
+  int64_t tokens;   // g * n
+  int64_t dim;      // d
+  int64_t experts;  // e
 };
 
-struct LinearBackward {
-  DType dtype;
-  int64_t tokens, dim, experts;
-  const void* grad_logits;  // (g, n, e)
-  const void* x;            // (g, n, d)
-  const void* weight;       // (e, d)
-  void* grad_x;             // (g, n, d); null: not wanted
-  void* grad_weight;        // (e, d); null: not wanted
-  void* workspace;          // workspace_bytes(*this) of them, 16-byte aligned
+// docs/spec.md, step 2, on the CPU alone: elsewhere torch's matrix products serve. Sums are of the compute type; each result is
+// rounded once.
+struct Linear : LinearSizes {
+  const void* x = nullptr;       // (g, n, d)
+  const void* weight = nullptr;  // (e, d)
+  void* logits = nullptr;        // (g, n, e)
+};
+
+struct LinearBackward : LinearSizes {
+  const void* grad_logits = nullptr;  // (g, n, e)
+  const void* x = nullptr;            // (g, n, d)
+  const void* weight = nullptr;       // (e, d)
+  void* grad_x = nullptr;             // (g, n, d), or null where it is not wanted
+  void* grad_weight = nullptr;        // (e, d), or null where it is not wanted
+  void* workspace = nullptr;          // workspace_bytes(*this) bytes, aligned to 16
 };
 
 // The kernels of every backend, then those of the CPU alone: X(argument struct, name in messages).

@@ -20,15 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Te
                   torch::headeronly::toString(type));
   STD_TORCH_CHECK(policy >= 0 && policy <= int64_t(Policy::None), "policy must be from 0 to 3, got ", policy);
 
-  Assign a{};
+  Assign a{s, {capacity, Policy(policy), eps}};
   a.is_double = type == ScalarType::Double;
-  a.groups = s.groups;
-  a.tokens = s.tokens;
-  a.experts = s.experts;
-  a.top_n = s.top_n;
-  a.capacity = s.capacity;
-  a.policy = Policy(policy);
-  a.eps = eps;
   const bool random = a.policy == Policy::Random;
   STD_TORCH_CHECK(!random || draws.has_value(), "draws must be given for the random policy");
   STD_TORCH_CHECK(threshold.has_value() || !(random || a.policy == Policy::Threshold),

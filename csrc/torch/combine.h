@@ -16,7 +16,7 @@ Tensor combine(const Tensor& y, const Tensor& weight, const Tensor& expert, cons
   const Tensor rows = checked("y", y, expert, assignment.slot_rows(dim), type);
   const Tensor w = checked("weight", weight, expert, assignment.pairs(), compute_type(type));
   const Tensor out = empty(y, assignment.token_rows(dim), type);
-  backend.run(Combine{dtype_of("y", type), assignment.arguments, dim, const_data(rows), const_data(w), mutable_data(out)});
+  backend.run(Combine{{dtype_of("y", type), assignment.arguments, dim}, const_data(rows), const_data(w), mutable_data(out)});
   return out;
 }
 
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_out, const Tensor
   const Tensor w = checked("weight", weight, expert, assignment.pairs(), compute_type(type));
   const Tensor grad_y = empty(y, assignment.slot_rows(dim), type);
   const Tensor grad_weight = empty(weight, assignment.pairs(), compute_type(type));
-  backend.run(CombineBackward{dtype_of("y", type), assignment.arguments, dim, const_data(grad), const_data(rows), const_data(w),
+  backend.run(CombineBackward{{dtype_of("y", type), assignment.arguments, dim}, const_data(grad), const_data(rows), const_data(w),
                               mutable_data(grad_y), mutable_data(grad_weight)});
   return {grad_y, grad_weight};
 }

@@ -17,7 +17,7 @@ Tensor dispatch(const Tensor& x, const Tensor& weight, const Tensor& expert, con
   checked("weight", weight, x, assignment.pairs(), compute_type(type));
   const Tensor rows = checked("x", x, expert, assignment.token_rows(dim), type);
   const Tensor y = empty(x, assignment.slot_rows(dim), type);
-  backend.run(Dispatch{dtype_of("x", type), assignment.arguments, dim, const_data(rows), mutable_data(y)});
+  backend.run(Dispatch{{dtype_of("x", type), assignment.arguments, dim}, const_data(rows), mutable_data(y)});
   return y;
 }
 
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(const Tensor& grad_y, const std::op
   const auto rows = checked("x", x, expert, assignment.token_rows(dim), type);
   const Tensor grad_x = empty(grad_y, assignment.token_rows(dim), type);
   const Tensor grad_weight = empty(grad_y, x.has_value() ? assignment.pairs() : Shape{0}, compute_type(type));
-  backend.run(DispatchBackward{dtype_of("grad_y", type), assignment.arguments, dim, const_data(grad), const_data(rows),
+  backend.run(DispatchBackward{{dtype_of("grad_y", type), assignment.arguments, dim}, const_data(grad), const_data(rows),
                                mutable_data(grad_x), x.has_value() ? mutable_data(grad_weight) : nullptr});
   return {grad_x, grad_weight};
 }

@@ -7,26 +7,20 @@
 
 namespace topn_gating::binding {
 
-// Linear's or LinearBackward's sizes, of x (…, n, d) and weight (e, d).
-template <class Args>
-Args linear_sizes(const Tensor& x, const Tensor& weight) {
+// Returns the sizes of x (…, n, d) and weight (e, d).
+inline LinearSizes linear_sizes(const Tensor& x, const Tensor& weight) {
   const Shape shape = shape_of(x);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1,
                   "weight must have shape (experts, features), one of each or more");
   STD_TORCH_CHECK(shape.size() >= 1 && shape.back() == weight.size(1), "x must have shape (..., features) with ",
                   weight.size(1), " features, as weight has");
-  Args a{};
-  a.dtype = dtype_of("x", x.scalar_type());
-  a.tokens = product(shape, 0, shape.size() - 1);
-  a.dim = shape.back();
-  a.experts = weight.size(0);
-  return a;
+  return {dtype_of("x", x.scalar_type()), product(shape, 0, shape.size() - 1), shape.back(), weight.size(0)};
 }
 
 template <class Backend>
 Tensor linear(const Tensor& x, const Tensor& weight) {
   const Backend backend(x);
-  Linear a = linear_sizes<Linear>(x, weight);
+  Linear a{linear_sizes(x, weight)};
   const ScalarType type = x.scalar_type();
   const Tensor rows = checked("x", x, x, shape_of(x), type);
   const Tensor w = checked("weight", weight, x, shape_of(weight), type);
@@ -43,7 +37,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_logits, const Tensor& x, const Tensor& weight, bool wants_x,
                                            bool wants_weight) {
   const Backend backend(x);
-  LinearBackward a = linear_sizes<LinearBackward>(x, weight);
+  LinearBackward a{linear_sizes(x, weight)};
   const Shape shape = shape_of(x);
   const ScalarType type = x.scalar_type();
   const Tensor grad = checked("grad_logits", grad_logits, x, replace_last(shape, 1, {a.experts}), type);

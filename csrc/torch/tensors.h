@@ -118,12 +118,7 @@ inline Assignment assignment_sizes(const char* name, const Tensor& pairs, int64_
   STD_TORCH_CHECK(experts >= 1, "num_gates must be at least 1, got ", experts);
   STD_TORCH_CHECK(capacity >= 1 && capacity <= std::numeric_limits<int32_t>::max(), "capacity must be from 1 to 2^31 - 1, got ",
                   capacity);
-  Assignment a{};
-  a.groups = product(shape, 0, shape.size() - 2);
-  a.tokens = shape[shape.size() - 2];
-  a.top_n = shape.back();
-  a.experts = experts;
-  a.capacity = capacity;
+  const Assignment a{{product(shape, 0, shape.size() - 2), shape[shape.size() - 2], experts, shape.back()}, capacity};
   STD_TORCH_CHECK(a.top_n >= 1, "top_n must be at least 1, got 0");
   STD_TORCH_CHECK(a.tokens <= std::numeric_limits<int32_t>::max() / a.top_n, "tokens * top_n must be below 2^31, got ",
                   a.tokens, " * ", a.top_n);

@@ -36,7 +36,7 @@ struct Slots {
         if (random.chance(0.05)) source.set(i, random.chance(0.5) ? 2147483647.0 : -2147483648.0);
       }
     }
-    args = {s.groups, s.tokens, s.experts, s.top_n, s.capacity, expert.as<int32_t>(), slot.as<int32_t>(), source.as<int32_t>()};
+    args = {{s.groups, s.tokens, s.experts, s.top_n}, s.capacity, expert.as<int32_t>(), slot.as<int32_t>(), source.as<int32_t>()};
   }
 
  private:
@@ -142,7 +142,7 @@ Bound sum_of(int64_t terms) { return {1, 8, std::sqrt(double(terms))}; }
 void run_dispatch(Suite& suite, SlotCase& c) {
   if (!c.begin(suite, "dispatch")) return;
   const Buffer x = c.normals(c.type(), c.tokens() * c.dim);
-  Trial<Dispatch> trial({c.dtype, c.slots.args, c.dim, x.data(), nullptr}, c.aligned);
+  Trial<Dispatch> trial({{c.dtype, c.slots.args, c.dim}, x.data(), nullptr}, c.aligned);
   trial.output("y", &Dispatch::y, c.type(), c.num_slots() * c.dim);
   trial.run(suite, 1);
 }
@@ -150,7 +150,7 @@ void run_dispatch(Suite& suite, SlotCase& c) {
 void run_dispatch_backward(Suite& suite, SlotCase& c, bool of_weight) {
   if (!c.begin(suite, of_weight ? "dispatch_backward with x" : "dispatch_backward")) return;
   const Buffer grad_y = c.normals(c.type(), c.num_slots() * c.dim), x = c.normals(c.type(), c.tokens() * c.dim);
-  Trial<DispatchBackward> trial({c.dtype, c.slots.args, c.dim, grad_y.data(), of_weight ? x.data() : nullptr, nullptr, nullptr},
+  Trial<DispatchBackward> trial({{c.dtype, c.slots.args, c.dim}, grad_y.data(), of_weight ? x.data() : nullptr, nullptr, nullptr},
                                 c.aligned);
   trial.output("grad_x", &DispatchBackward::grad_x, c.type(), c.tokens() * c.dim, sum_of(c.sizes.top_n));
   if (of_weight) trial.output("grad_weight", &DispatchBackward::grad_weight, c.real(), c.pairs(), sum_of(c.dim));
@@ -160,7 +160,7 @@ void run_dispatch_backward(Suite& suite, SlotCase& c, bool of_weight) {
 void run_combine(Suite& suite, SlotCase& c) {
   if (!c.begin(suite, "combine")) return;
   const Buffer y = c.normals(c.type(), c.num_slots() * c.dim), weight = c.normals(c.real(), c.pairs());
-  Trial<Combine> trial({c.dtype, c.slots.args, c.dim, y.data(), weight.data(), nullptr}, c.aligned);
+  Trial<Combine> trial({{c.dtype, c.slots.args, c.dim}, y.data(), weight.data(), nullptr}, c.aligned);
   trial.output("out", &Combine::out, c.type(), c.tokens() * c.dim, sum_of(c.sizes.top_n));
   trial.run(suite, 1);
 }
@@ -169,7 +169,7 @@ void run_combine_backward(Suite& suite, SlotCase& c) {
   if (!c.begin(suite, "combine_backward")) return;
   const Buffer grad_out = c.normals(c.type(), c.tokens() * c.dim), y = c.normals(c.type(), c.num_slots() * c.dim);
   const Buffer weight = c.normals(c.real(), c.pairs());
-  Trial<CombineBackward> trial({c.dtype, c.slots.args, c.dim, grad_out.data(), y.data(), weight.data(), nullptr, nullptr},
+  Trial<CombineBackward> trial({{c.dtype, c.slots.args, c.dim}, grad_out.data(), y.data(), weight.data(), nullptr, nullptr},
                                c.aligned);
   trial.output("grad_y", &CombineBackward::grad_y, c.type(), c.num_slots() * c.dim);
   trial.output("grad_weight", &CombineBackward::grad_weight, c.real(), c.pairs(), sum_of(c.dim));
