@@ -1,23 +1,142 @@
 #!/usr/bin/env bash
-# The GPU check: builds in place, runs the tests that use the GPU, the four tools of compute-sanitizer, and the benchmark, whose
-# table is added to benchmarks/RESULTS.md. It needs torch with CUDA, nvcc, ninja, pybind11, pytest and hypothesis, and no
-# network. A step that fails does not stop the later ones. The limits of the steps add up to less than nine minutes.
+# The check on a machine with an NVIDIA GPU, in three commands that each fit ten minutes. It needs torch with CUDA, nvcc, ninja,
+# pybind11, pytest and hypothesis, and no network.
 #
-#   bash benchmarks/gpu_check.sh
+#   bash benchmarks/gpu_check.sh 1            # build, smoke test, tests, table of times
+#   bash benchmarks/gpu_check.sh 2            # build, compute-sanitizer, the time of each launch, ncu
+#   bash benchmarks/gpu_check.sh 3 FOLDER     # build, build of the version in FOLDER, both versions' times in turns
+#   bash benchmarks/gpu_check.sh STEP…        # single steps: card build smoke tests table sanitizers launches ncu old compare
+#
+# Logs, RESULTS.md and lines.jsonl are written under ${OUT:-build/gpu_check} while the steps run. A step that fails or reaches its
+# limit does not stop the later ones. DEVICE=cpu tries the script out without a GPU; PYTHON, LIMIT (seconds of each step),
+# TESTS and TABLE (arguments of pytest and of benchmarks/kernels.py) may be set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
-logs=build/gpu_check
-mkdir -p "$logs"
-failed=()
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" PYTHONUNBUFFERED=1
+export OUT="${OUT:-build/gpu_check}" DEVICE="${DEVICE:-cuda}" PYTHON="${PYTHON:-python3}" OLD="${OLD:-build/old}"
+A=4,8192,4096,64,8 B=1,1000000,512,256,8 C=1,8192,512,64,8
 
-# step NAME SECONDS COMMAND…: runs it under a limit of time, tells how long it took, and notes a failure.
-step() {
-  local name=$1 limit=$2 start=$SECONDS code=0
-  shift 2
+# SECONDS that each step may take, and the lines of its log that are printed at its end.
+declare -A limits=([card]=20 [build]=200 [smoke]=60 [tests]=120 [table]=180 [sanitizers]=210 [launches]=40 [ncu]=130 [old]=170
+                   [compare]=190)
+declare -A lines=([card]=12 [build]=8 [smoke]=12 [tests]=25 [table]=1000 [sanitizers]=20 [launches]=40 [ncu]=60 [old]=4
+                  [compare]=1000)
+
+build_here() {
+  if [[ $DEVICE == cuda ]]; then
+    export TOPN_GATING_CUDA=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
+    local own='import torch; print("%d.%d" % torch.cuda.get_device_capability())'
+    TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c "$own")}
+    export TORCH_CUDA_ARCH_LIST
+  fi
+  "$PYTHON" setup.py --quiet build_ext --inplace && "$PYTHON" -m topn_gating info
+}
+
+step_card() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader || true
+  mkdir -p build && nvcc -O2 -std=c++17 -arch=native benchmarks/card.cu -o build/card && build/card
+}
+
+# The extension, and beside it the kernels that run on the host, which the tests compare with the GPU's.
+step_build() {
+  local host=0
+  if [[ $DEVICE == cuda ]] && command -v cmake >/dev/null; then
+    local torch
+    torch=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+    (cmake -S . -B build/cmake -DTOPN_GATING_TORCH="$torch" &&
+      cmake --build build/cmake --target topn_gating_simt --parallel "$(nproc)") >"$OUT/build_host.log" 2>&1 &
+    host=$!
+  fi
+  build_here
+  ((host == 0)) || wait "$host" || echo "the kernels on the host could not be built: see build_host.log"
+}
+
+step_smoke() { "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --smoke; }
+
+step_tests() {
+  local workers=()
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")  # each has a CUDA context and memory of its own
+  fi
+  # shellcheck disable=SC2086
+  "$PYTHON" -m pytest -q --durations=10 "${workers[@]}" ${TESTS:--k $DEVICE tests/kernels tests/ops}
+}
+
+# shellcheck disable=SC2086
+step_table() { "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --out "$OUT" --budget 100 ${TABLE:-}; }
+
+# The four tools at once: each spends most of its time on loading torch.
+step_sanitizers() {
+  local tool code=0
+  declare -A process
+  for tool in memcheck racecheck initcheck synccheck; do
+    # Without torch's cache of memory, each tensor has bounds that memcheck knows. torch's own API errors do not count.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" benchmarks/kernels.py --device cuda --once >"$OUT/$tool.txt" 2>&1 &
+    process[$tool]=$!
+  done
+  for tool in "${!process[@]}"; do
+    wait "${process[$tool]}" || { code=1; echo "$tool: FAILED"; head -n 40 "$OUT/$tool.txt"; }
+    echo "$tool: $(tail -n 1 "$OUT/$tool.txt")"
+    rm "$OUT/$tool.txt"
+  done
+  return $code
+}
+
+step_launches() {
+  "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --launches --shapes $A $B $C --dtypes bfloat16 \
+    --names gate gate_backward assign dispatch combine
+}
+
+step_ncu() {
+  local metrics=gpu__time_duration.sum,launch__registers_per_thread,sm__warps_active.avg.pct_of_peak_sustained_active
+  metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active,sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active
+  metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct
+  ncu --clock-control none --profile-from-start off --section WarpStateStats --metrics $metrics \
+    "$PYTHON" benchmarks/kernels.py --device cuda --once --shapes $A $B --dtypes bfloat16 \
+    --names gate gate_backward assign combine >"$OUT/ncu.txt" 2>&1 || { tail -n 20 "$OUT/ncu.txt"; return 1; }
+  grep -E "Context|pct|rate|duration|registers|This warp|stalled" "$OUT/ncu.txt" | cut -c1-170
+}
+
+step_old() { cd "$OLD" && PYTHONPATH="$PWD" build_here; }
+
+# shellcheck disable=SC2086
+step_compare() {
+  "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --out "$OUT" --packages "$OLD" "$PWD" --turns 2 \
+    --names gate gate_backward assign dense dense_backward dispatch dispatch_backward combine combine_backward ${TABLE:-}
+}
+
+if [[ ${1:-} == --step ]]; then  # what `timeout` starts
+  "step_$2"
+  exit
+fi
+
+case "${1:-}" in
+  1) steps=(card build smoke tests table) ;;
+  2) steps=(build sanitizers launches ncu) ;;
+  3) steps=(build old compare) OLD=${2:?the folder of the version to compare with} ;;
+  *) steps=("$@") ;;
+esac
+if ((${#steps[@]} == 0)); then
+  sed -n '2,14s/^# \{0,1\}//p' benchmarks/gpu_check.sh
+  exit 2
+fi
+mkdir -p "$OUT"
+failed=()
+for name in "${steps[@]}"; do
+  if [[ ! ${limits[$name]:-} ]]; then
+    echo "there is no step $name" >&2
+    exit 2
+  fi
   echo "== $name"
-  timeout --kill-after=3 "$limit" "$@" || code=$?
-  local said="after $((SECONDS - start)) s"
+  start=$SECONDS code=0
+  if ((lines[$name] >= 1000)); then  # printed as it comes
+    timeout -s INT --kill-after=10 "${LIMIT:-${limits[$name]}}" bash "$0" --step "$name" > >(tee "$OUT/$name.log") 2>&1 || code=$?
+  else
+    timeout -s INT --kill-after=10 "${LIMIT:-${limits[$name]}}" bash "$0" --step "$name" >"$OUT/$name.log" 2>&1 || code=$?
+    tail -n "${lines[$name]}" "$OUT/$name.log" | cut -c1-200
+  fi
+  said="after $((SECONDS - start)) s"
   if ((code == 0)); then
     echo "== $name: ended well $said"
   else
@@ -25,72 +144,7 @@ step() {
     echo "== $name: FAILED with $code $said"
     failed+=("$name")
   fi
-}
-
-build() {
-  export TOPN_GATING_CUDA=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
-  local own='import torch; print("%d.%d" % torch.cuda.get_device_capability())'
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(python3 -c "$own")}
-  export TORCH_CUDA_ARCH_LIST
-  python3 setup.py --quiet build_ext --inplace && python3 -m topn_gating info
-}
-
-# The kernels on the host, for the tests that compare them with the GPU's.
-build_simt() {
-  local torch
-  torch=$(python3 -c 'import os, torch; print(os.path.dirname(torch.__file__))')
-  cmake -S . -B build/cmake -DTOPN_GATING_TORCH="$torch"
-  cmake --build build/cmake --target topn_gating_simt --parallel "$(nproc)"
-}
-
-tests() {
-  # Without a GPU, or kernels for it, all of these tests would be skipped.
-  python3 -c 'import torch, topn_gating; assert torch.cuda.is_available() and topn_gating.build_info()["cuda"], "no CUDA"'
-  local workers=()
-  if python3 -c 'import xdist' 2>/dev/null; then
-    workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")  # each has a CUDA context, and memory of its own
-  fi
-  python3 -m pytest -q "${workers[@]}" -k cuda tests/test_cuda.py tests/test_{gate,assign,dense,dispatch,combine}.py
-}
-
-# The four tools at once: each spends most of its time on loading torch.
-sanitizers() {
-  local tool code=0
-  declare -A process
-  for tool in memcheck racecheck initcheck synccheck; do
-    # Without torch's cache of memory, each tensor has bounds that memcheck knows.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      python3 benchmarks/gpu.py --sanitize >"$logs/$tool.log" 2>&1 &
-    process[$tool]=$!
-  done
-  for tool in "${!process[@]}"; do
-    if wait "${process[$tool]}"; then
-      echo "$tool: $(tail -n 1 "$logs/$tool.log")"
-    else
-      code=1
-      echo "$tool: FAILED, the end of $logs/$tool.log:"
-      tail -n 30 "$logs/$tool.log"
-    fi
-  done
-  return $code
-}
-
-if [[ ${1:-} == --step ]]; then  # what `timeout` starts
-  "$2"
-  exit
-fi
-
-step "card" 10 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader
-step "build" 160 bash benchmarks/gpu_check.sh --step build
-if command -v cmake >/dev/null; then
-  step "build of the kernels on the host" 50 bash benchmarks/gpu_check.sh --step build_simt
-else
-  echo "== no cmake: the tests leave out the kernels on the host"
-fi
-step "tests" 110 bash benchmarks/gpu_check.sh --step tests
-step "sanitizers" 80 bash benchmarks/gpu_check.sh --step sanitizers
-step "benchmark" 105 python3 benchmarks/gpu.py --budget 60 --out benchmarks/RESULTS.md
-
+done
 echo "== all: $SECONDS s"
 if ((${#failed[@]})); then
   printf '== failed: %s\n' "${failed[@]}"

@@ -1,0 +1,186 @@
+"""The operators of ``torch.ops.topn_gating`` on a shape: their arguments, and the bytes that they must read and write."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from shapes import Shape
+from torch import Tensor
+
+import topn_gating
+from topn_gating import reference
+from topn_gating.ops import POLICIES
+
+EPS, THRESHOLD, POLICY, CAPACITY_FACTOR = 1e-9, 0.2, "random", 1.25  # the module's defaults
+SECTOR = 32  # bytes that a GPU reads at least, however few of them are asked for
+
+
+class Traffic(NamedTuple):
+    """The tensors that an operator must read and write, by the names of its schema: whole, or the parts that it gathers."""
+
+    whole: str
+    pair_elements: str = ""  # one element for each pair that holds a slot
+    pair_sectors: str = ""  # one element for each of them, far from the next, so that a sector is read for each
+    pair_rows: str = ""  # one row for each of them
+    token_rows: str = ""  # one row for each token that holds a slot
+
+    def bytes(self, tensors: dict[str, Tensor | None], slot: Tensor | None) -> int:
+        """Returns the bytes of one call; ``slot`` says which pairs hold a slot, and a tensor that is None has no bytes."""
+        pairs, tokens = (0, 0) if slot is None else (int((slot >= 0).sum()), int((slot >= 0).any(-1).sum()))
+        parts: tuple[tuple[str, Callable[[Tensor], int]], ...] = (
+            (self.whole, lambda t: t.numel() * t.element_size()),
+            (self.pair_elements, lambda t: pairs * t.element_size()),
+            (self.pair_sectors, lambda t: pairs * SECTOR),
+            (self.pair_rows, lambda t: pairs * t.shape[-1] * t.element_size()),
+            (self.token_rows, lambda t: tokens * t.shape[-1] * t.element_size()),
+        )
+        found = [(tensors[name], size) for names, size in parts for name in names.split()]
+        return sum(size(t) for t, size in found if t is not None)
+
+
+TRAFFIC = {
+    "gate": Traffic("logits weight expert importance top_count balance_loss router_z_loss"),
+    "gate_backward": Traffic("grad_weight grad_balance_loss grad_router_z_loss logits expert top_count grad_logits"),
+    "assign": Traffic("weight expert draws threshold kept slot source demand"),
+    "assign_backward": Traffic("grad_kept slot grad_weight"),
+    "dense": Traffic("weight expert slot dispatch combine"),
+    "dense_backward": Traffic("expert slot grad_weight", pair_sectors="grad_dispatch grad_combine"),
+    "dispatch": Traffic("source y", pair_elements="expert slot", token_rows="x"),
+    "dispatch_backward": Traffic("expert slot grad_x grad_weight", pair_elements="source", pair_rows="grad_y", token_rows="x"),
+    "combine": Traffic("expert slot out", pair_elements="weight source", pair_rows="y"),
+    "combine_backward": Traffic(
+        "source grad_y grad_weight", pair_elements="weight expert slot", pair_rows="y", token_rows="grad_out"
+    ),
+    "linear": Traffic("x weight logits"),
+    "linear_backward": Traffic("grad_logits x weight grad_x grad_weight"),
+}
+ON_CPU_ALONE = ("linear", "linear_backward")
+ROUTE, TOPK = "gate and assign", "torch.softmax and torch.topk"
+EAGER, COMPILED = "reference route, eager", "reference route, compiled"
+EINSUMS = {"einsum of dispatch": "...nd,...nec->...ecd", "einsum of combine": "...ecd,...nec->...nd"}
+COMPARISONS = (*EINSUMS, EAGER, COMPILED)
+
+
+def names(device: str) -> list[str]:
+    """Returns the operators of a device."""
+    return [name for name in TRAFFIC if device == "cpu" or name not in ON_CPU_ALONE]
+
+
+def operator(name: str):
+    """Returns the operator's overload, which knows its schema."""
+    return getattr(torch.ops.topn_gating, name).default
+
+
+def results_of(name: str, results: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+    """Returns an operator's results by the names of its schema."""
+    results = (results,) if isinstance(results, Tensor) else results
+    return dict(zip((r.name for r in operator(name)._schema.returns), results, strict=True))
+
+
+class Problem:
+    """The inputs of a shape. Logits and routing are kept; token rows and dense tensors are allocated for each caller."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        b, n, _, e, k = shape
+        self.capacity = topn_gating.expert_capacity(n, e, CAPACITY_FACTOR)
+        torch.manual_seed(0)
+        self.logits = self.normal(b, n, e)
+        self.draws = torch.rand(b, n, k, device=device, dtype=self.compute_dtype)
+        self.threshold = torch.full((k,), THRESHOLD, device=device, dtype=self.compute_dtype)
+        self.weight, self.expert, _, self.top_count, *_ = operator("gate")(**self.arguments("gate"))
+        self.kept, self.slot, self.source, _ = operator("assign")(**self.arguments("assign"))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Returns random numbers of the problem's type."""
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def route(self) -> Sequence[Tensor]:
+        """Runs gate and assign."""
+        weight, expert, *_ = operator("gate")(**self.arguments("gate"))
+        return operator("assign")(**self.arguments("assign") | {"weight": weight, "expert": expert})
+
+    def tokens(self) -> Tensor:
+        """Returns token rows ``(b, n, d)``."""
+        return self.normal(self.shape.b, self.shape.n, self.shape.d)
+
+    def slots(self) -> Tensor:
+        """Returns rows of the experts' buffers ``(b, e, C, d)``."""
+        return self.normal(*self.source.shape, self.shape.d)
+
+    def dense(self) -> Sequence[Tensor]:
+        """Returns both dense tensors."""
+        return operator("dense")(**self.arguments("dense"))
+
+    def arguments(self, name: str) -> dict:
+        """Returns the operator's arguments by the names of its schema.
+
+        An older build of the package, measured beside this one, may call optional arguments by other names: they are None.
+        """
+        given = self._arguments(name)
+        return {argument.name: given.get(argument.name) for argument in operator(name)._schema.arguments}
+
+    def _arguments(self, name: str) -> dict:
+        e, options = self.shape.e, {"eps": EPS, "noise_mult": 1.0, "soft": False}
+        optional = {"noise": None, "token_mask": None}
+        if name == "gate":
+            return {"logits": self.logits, "top_n": self.shape.k, "losses": True, **optional, **options}
+        if name == "gate_backward":
+            one = torch.ones((), device=self.device, dtype=self.compute_dtype)
+            grads = {"grad_weight": self.weight, "grad_importance": None, "grad_balance_loss": one, "grad_router_z_loss": one}
+            return {**grads, "logits": self.logits, "expert": self.expert, "top_count": self.top_count, **optional, **options}
+        if name == "assign":
+            arguments = {"weight": self.weight, "expert": self.expert, "draws": self.draws, "threshold": self.threshold}
+            sizes = {"num_gates": e, "capacity": self.capacity, "policy": POLICIES.index(POLICY), "eps": EPS}
+            return {**arguments, "token_mask": None, **sizes}
+        if name == "assign_backward":
+            return {"grad_kept": self.weight, "slot": self.slot}
+        held = {"expert": self.expert, "slot": self.slot}
+        if name == "dense":
+            options = {"num_gates": e, "capacity": self.capacity, "dtype": self.dtype, "straight_through": True}
+            return {"weight": self.kept, **held, **options}
+        if name == "dense_backward":
+            grad_dispatch, grad_combine = self.dense()
+            return {"grad_dispatch": grad_dispatch, "grad_combine": grad_combine, **held}
+        rows = held | {"source": self.source}
+        if name == "dispatch":
+            return {"x": self.tokens(), "weight": self.kept, **rows, "straight_through": True}
+        if name == "dispatch_backward":
+            return {"grad_y": self.slots(), "x": self.tokens(), **rows}
+        if name == "combine":
+            return {"y": self.slots(), "weight": self.kept, **rows}
+        if name == "combine_backward":
+            return {"grad_out": self.tokens(), "y": self.slots(), "weight": self.kept, **rows}
+        product = {"x": self.tokens(), "weight": self.normal(e, self.shape.d)}
+        if name == "linear":
+            return product
+        return {"grad_logits": self.logits, **product, "wants_x": True, "wants_weight": True}
+
+    def large_bytes(self, name: str) -> int:
+        """Returns the bytes of the dense tensors and of the rows that a line of the table allocates; all else is small."""
+        b, n, d, e, _ = self.shape
+        dense, rows = 2 * b * n * e * self.capacity, (b * n + b * e * self.capacity) * d
+        if name in EINSUMS:
+            count = dense + rows
+        elif name.startswith("dense"):
+            count = dense
+        else:
+            count = rows * {"dispatch": 1, "combine": 1, "dispatch_backward": 2, "combine_backward": 2}.get(name, 0)
+        return count * self.dtype.itemsize
+
+    def comparison(self, name: str) -> Callable[[], object]:
+        """Returns the call of a line that is no operator."""
+        if name == ROUTE:
+            return self.route
+        if name == TOPK:
+            return lambda: torch.topk(torch.softmax(self.logits, -1), self.shape.k)
+        if name in EINSUMS:
+            rows, dense = (self.tokens(), self.dense()[0]) if "dispatch" in name else (self.slots(), self.dense()[1])
+            return lambda: torch.einsum(EINSUMS[name], rows, dense)
+        options = {"top_n": self.shape.k, "capacity": self.capacity, "policy": POLICY, "threshold": self.threshold}
+        function = reference.route
+        if name == COMPILED:
+            torch._dynamo.reset()  # a shape seen before would make the sizes of this one symbolic
+            function = torch.compile(function)
+        return lambda: function(self.logits, draws=self.draws, **options)

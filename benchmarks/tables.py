@@ -1,0 +1,15 @@
+"""Tables of Markdown whose columns line up in plain text, too."""
+
+from collections.abc import Sequence
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table, its head first; the first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
