@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import topn_gating
-from topn_gating.ops import apply
+from topn_gating.ops import Assign, Gate
 
 SHAPE = Shape(1, 8, 16, 4, 2)
 
@@ -40,10 +40,10 @@ def calls() -> Iterator[tuple[str, Forward, Sequence[Tensor]]]:
     yield "torch.softmax", lambda: (torch.softmax(logits, -1),), [logits]
     yield "torch.topk", lambda: torch.topk(logits, SHAPE.k), [logits]
     yield "F.linear", lambda: (F.linear(x, weight),), [x, weight]
-    yield "ops.gate", lambda: apply("gate", logits, None, None, SHAPE.k, EPS, 1.0, False, True), [logits]
+    yield "ops.gate", lambda: Gate.call(logits, None, None, SHAPE.k, EPS, 1.0, False, True), [logits]
     yield (
         "ops.assign",
-        lambda: apply("assign", *top, draws, threshold, None, SHAPE.e, ours.problem.capacity, 0, EPS),
+        lambda: Assign.call(*top, draws, threshold, None, SHAPE.e, ours.problem.capacity, 0, EPS),
         [top[0]],
     )
     yield "dispatch", lambda: (topn_gating.dispatch(x, routing),), [x]

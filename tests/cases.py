@@ -14,7 +14,7 @@ from compare import assert_same_bits
 from torch import Tensor
 
 from topn_gating import Routing, reference
-from topn_gating.dtypes import real_dtype
+from topn_gating.dtypes import compute_dtype
 from topn_gating.ops import POLICIES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -135,12 +135,12 @@ class GateCase:
     def random_gradients(self) -> tuple[Tensor, ...]:
         *lead, e = self.logits.shape
         shapes = (*lead, self.top_n), (*lead[:-1], e), (), ()
-        return tuple(torch.randn(s, dtype=real_dtype(self.logits.dtype)) for s in shapes)
+        return tuple(torch.randn(s, dtype=compute_dtype(self.logits.dtype)) for s in shapes)
 
 
 def gate_case(shape: tuple[int, ...], top_n: int, *, dtype=torch.float32, noise=False, mask=False, **options) -> GateCase:
     logits = torch.randn(shape, dtype=torch.float64).to(dtype)
-    uniform = torch.rand(shape, dtype=real_dtype(dtype)) if noise else None
+    uniform = torch.rand(shape, dtype=compute_dtype(dtype)) if noise else None
     return GateCase(logits, top_n, uniform, torch.rand(shape[:-1]) < 0.7 if mask else None, **options)
 
 
@@ -246,7 +246,7 @@ def assignment(
     lead: tuple[int, ...], num_gates: int, top_n: int, capacity: int, *, dtype=torch.float32, straight_through=True
 ) -> Assignment:
     """A random assignment, made by the reference; a third of the later ranks is below the threshold."""
-    case = assign_case(lead, num_gates, top_n, capacity, "threshold", dtype=real_dtype(dtype))
+    case = assign_case(lead, num_gates, top_n, capacity, "threshold", dtype=compute_dtype(dtype))
     case.threshold = case.weight.flatten(0, -2).quantile(1 / 3, dim=0) if case.weight.numel() else case.threshold
     out = case.oracle()
     return Assignment(out.kept, case.expert, out.slot, out.source, straight_through)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from topn_gating.dtypes import real_dtype
+from topn_gating.dtypes import compute_dtype
 
 
 def assert_same_bits(actual, expected) -> None:
@@ -26,7 +26,7 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float | None = 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
     """Sums that may cancel: error within a few roundings of the type, relative to the largest element."""
     real, info = 1e-12 if actual.dtype == torch.float64 else 2e-6, torch.finfo(actual.dtype)
-    rounding = 0.0 if real_dtype(actual.dtype) == actual.dtype else info.eps
+    rounding = 0.0 if compute_dtype(actual.dtype) == actual.dtype else info.eps
     largest = expected.abs().max().item() if expected.numel() else 0.0
     least = info.smallest_normal * info.eps  # denormals are its multiples
     torch.testing.assert_close(actual.double(), expected, rtol=real + rounding, atol=real * largest + least)

@@ -9,7 +9,8 @@ import torch
 from cases import Backend, SimtBackend
 from hypothesis import settings
 
-from topn_gating import ops
+from topn_gating import build_info
+from topn_gating.registry import OPERATORS
 
 settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=200, database=None)
 settings.load_profile("same every time")
@@ -26,7 +27,7 @@ def backends() -> dict[str, Backend]:
         # Sanitizers of memory ask for one schedule: an access is in bounds in all of them, or the results differ.
         schedules = int(os.environ.get("TOPN_GATING_SIMT_SCHEDULES", 4))
         found["simt"] = SimtBackend("topn_gating_simt", "cpu", ctypes.CDLL(str(SIMT)), schedules)
-    if torch.cuda.is_available() and ops.build_info()["cuda"] is not None:
+    if torch.cuda.is_available() and build_info()["cuda"] is not None:
         found["cuda"] = Backend("topn_gating", "cuda")
     return found
 
@@ -34,9 +35,9 @@ def backends() -> dict[str, Backend]:
 BACKENDS = backends()
 DEVICES = sorted({b.device for b in BACKENDS.values() if b.namespace == "topn_gating"})
 
-DOORS = {
+ENTRY_POINTS = {
     "torch.ops": lambda name: getattr(torch.ops.topn_gating, name),
-    "Function.apply": lambda name: getattr(ops, name.title()).apply,
+    "Function.apply": lambda name: OPERATORS[name].apply,
 }
 
 
@@ -57,9 +58,9 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(scope="session", params=DOORS.values(), ids=DOORS.keys())
-def door(request):
-    """The two ways to an operator that autograd knows: ``door(name)`` is callable."""
+@pytest.fixture(scope="session", params=ENTRY_POINTS.values(), ids=ENTRY_POINTS.keys())
+def entry_point(request):
+    """The two ways to an operator that autograd knows: ``entry_point(name)`` is callable."""
     return request.param
 
 

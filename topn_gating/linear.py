@@ -1,4 +1,4 @@
-"""The gate's matrix product (SPEC step 2) and, on the CPU, its gradients in one pass over the tokens.
+"""The gate's matrix product (docs/spec.md, step 2) and, on the CPU, its gradients in one pass over the tokens.
 
 The operator ``linear`` (``csrc/cpu/linear.cpp``) computes in float32 what torch has no instructions for on this CPU. Logits of
 every other type are those of ``F.linear``, to the bit, so that tokens go where the peers send them; their gradients come from
@@ -8,12 +8,10 @@ every other type are those of ``F.linear``, to the bit, so that tokens go where 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
 
-from . import ops
-from .dtypes import autocast_dtype, real_dtype
-
-_ops = torch.ops.topn_gating
+from .dtypes import autocast_dtype, without_autocast
+from .eager import forward_mode_active, run, transforms_active
+from .ops import Linear
 
 
 def _slow_types() -> frozenset[torch.dtype]:
@@ -29,47 +27,16 @@ def _slow_types() -> frozenset[torch.dtype]:
 SLOW_TYPES = _slow_types()
 
 
-class Linear(Function):
-    """``linear``: logits ``(…, e)`` of tokens ``(…, d)`` and a weight ``(e, d)``."""
-
-    @staticmethod
-    def forward(x, weight):
-        return ops.below_autograd(_ops.linear.default, x, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for a second derivative, which torch's own products have
-            grad, rows, real_weight = (t.to(real_dtype(x.dtype)) for t in (grad, x, weight))
-            with torch.autocast("cpu", enabled=False):
-                grad_x = grad @ real_weight if wants_x else None
-                grad_weight = grad.flatten(0, -2).t() @ rows.flatten(0, -2) if wants_weight else None
-        else:
-            grad_x, grad_weight = _ops.linear_backward.default(grad, x, weight, wants_x, wants_weight)
-        return grad_x.to(x.dtype) if wants_x else None, grad_weight.to(x.dtype) if wants_weight else None
-
-
 class TorchLinear(Linear):
     """The same with logits by torch."""
 
     @staticmethod
-    def forward(x, weight):
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
 
-Linear.vmap = staticmethod(ops.vmap_rule(Linear.apply))
-torch.library.register_autograd("topn_gating::linear", Linear.backward, setup_context=Linear.setup_context)
-torch.library.register_vmap("topn_gating::linear", Linear.vmap)
-torch.library.register_vmap("topn_gating::linear_backward", ops.vmap_rule(_ops.linear_backward))
-
-
 class GateLinear(nn.Linear):
-    """``nn.Linear`` without a bias: the gate's.
+    """The gate's ``nn.Linear``, made without a bias.
 
     On a CPU it is also fast for half types that the processor has no instructions for, and its gradients are one kernel. A
     compiler gets torch's own product where there is a fast one.
@@ -77,26 +44,51 @@ class GateLinear(nn.Linear):
     Args:
         dim: features of a token.
         num_gates: number of experts.
+        router_dtype: type that the product is computed in and the logits have, whatever autocast and the types of the
+            operands are; by default that of autocast, or of ``x`` and the weight, which then must be the same.
         device: of the weight.
         dtype: of the weight.
     """
 
     def __init__(
-        self, dim: int, num_gates: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        dim: int,
+        num_gates: int,
+        *,
+        router_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_gates, bias=False, device=device, dtype=dtype)
+        self.router_dtype = router_dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(…, n, e)`` of tokens ``(…, n, dim)``, of the type that autocast asks for or of ``x``'s."""
-        autocast = autocast_dtype(x.device)
-        dtype = autocast or x.dtype
-        if x.device.type != "cpu" or not (autocast or self.weight.dtype == dtype):
-            return super().forward(x)
-        compiles = torch.compiler.is_compiling()
-        if dtype in SLOW_TYPES:
-            operands = x.to(dtype), self.weight.to(dtype)
-            return _ops.linear.default(*operands) if compiles else ops.run(Linear, *operands)
-        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if autocast or compiles or transformed:
-            return super().forward(x)
-        return ops.run(TorchLinear, x, self.weight)
+        """Logits ``(…, n, e)`` of tokens ``(…, n, dim)``."""
+        weight, bias = self.weight, self.bias
+        if self.router_dtype is not None:
+            operands = (None if t is None else t.to(self.router_dtype) for t in (x, weight, bias))
+            with without_autocast(x.device):
+                return _product(*operands)
+        autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device)
+        if x.dtype != weight.dtype and (autocast is None or weight.dtype == torch.float64):
+            raise TypeError(
+                f"x must be {weight.dtype} like the gate's weight (or come under autocast, or to a gate with a router_dtype), "
+                f"got {x.dtype}"
+            )
+        if autocast is None:
+            return _product(x, weight, bias)
+        if x.device.type == "cpu" and autocast in SLOW_TYPES:
+            return _product(x.to(autocast), weight.to(autocast), None if bias is None else bias.to(autocast))
+        return F.linear(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of operands of one type, by the fastest way."""
+    if x.device.type != "cpu" or forward_mode_active():
+        return F.linear(x, weight, bias)
+    if x.dtype in SLOW_TYPES:
+        logits = Linear.call(x, weight)
+        return logits if bias is None else logits + bias
+    if bias is not None or torch.compiler.is_compiling() or transforms_active():
+        return F.linear(x, weight, bias)
+    return run(TorchLinear, x, weight)

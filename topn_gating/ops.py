@@ -1,19 +1,20 @@
-"""The five operators: what torch has to know of each beside its kernels.
+"""The operators: for each one class, with all that torch has to know of it beside its kernels (:mod:`topn_gating.registry`).
 
-Importing this module loads the extension, which defines ``torch.ops.topn_gating.*`` (schemas in
-``csrc/torch/schema.cpp``, meaning in ``csrc/router.h``). For each operator there stands here its autograd Function, whose
-``setup_context`` and ``backward`` also serve whoever calls ``torch.ops.topn_gating.*`` directly, and its vmap rule.
-``fakes.py`` has their shapes.
+Importing this module loads the extension, which defines ``torch.ops.topn_gating.*`` (schemas in ``csrc/torch/schema.h``,
+meaning in ``csrc/router.h``).
 
 Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features;
 ``…`` are the groups, any number of leading dimensions.
 """
 
-import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+
+from .dtypes import COMPUTE_TYPES, FLOAT_TYPES, compute_dtype
+from .registry import Operator, expect, expect_tensor, operator
 
 try:
     from . import _C
@@ -23,230 +24,320 @@ except ImportError as error:
         "build it with `pip install --no-build-isolation -e .` in the source tree"
     ) from error
 
-from . import fakes  # noqa: F401  registers them, once _C has defined the operators
-
 build_info = _C.build_info
 
-_ops = torch.ops.topn_gating
-
-POLICIES = ("random", "threshold", "all", "none")
-
-
-def apply(name: str, *args):
-    """Runs the operator ``name`` on a full list of arguments, with its gradient. A compiler sees the operator itself."""
-    if torch.compiler.is_compiling():
-        return getattr(_ops, name).default(*args)
-    return run(FUNCTIONS[name], *args)
+Policy = Literal["random", "threshold", "all", "none"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)  # in the order of the enum in csrc/router.h
+INT_MAX = 2**31 - 1
 
 
-def run(function: type[Function], *args):
-    """Runs a Function on a full list of arguments, the first two of which may have a gradient.
-
-    In eager mode this is shorter than the ways that torch has: ``Function.apply`` would first inspect ``forward``'s signature
-    for defaults, and a call through the dispatcher would look for a gradient twice; each of these takes longer than a small
-    kernel. Where nothing asks for a gradient there is no need of the Function either.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    if _asks_for_gradient(*args[:2]):
-        return super(Function, function).apply(*args)
-    return function.forward(*args)
+# What the fakes refuse: what csrc/torch refuses of tensors with data.
 
 
-def _asks_for_gradient(*args) -> bool:
-    if forward_ad._current_level >= 0:  # which a Function refuses with a message
-        return True
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+def _expect_dtype(name: str, dtype: torch.dtype, types: Sequence[torch.dtype] = FLOAT_TYPES) -> None:
+    expect(dtype in types, f"{name} must be one of {', '.join(map(str, types))}, got {dtype}")
 
 
-def below_autograd(op, *args):
-    """Calls an operator whose gradient is the caller's affair."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def _logits_shape(logits: Tensor, top_n: int) -> torch.Size:
+    """Checks the logits, and returns their shape."""
+    _expect_dtype("logits", logits.dtype)
+    expect(logits.dim() >= 2, "logits must have shape (..., tokens, experts)")
+    experts = logits.shape[-1]
+    expect(1 <= top_n <= experts, f"top_n must be from 1 to the number of experts ({experts}), got {top_n}")
+    return logits.shape
 
 
-class SecondOrder(Function):
-    """Stands between the results of a backward and what they depend on, to say that the way ends here."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("topn_gating has first derivatives alone: its backward cannot be differentiated")
-
-
-def _first_order(backward):
-    """Makes a second derivative an error: these gradients are kernels, through which autograd sees nothing.
-
-    ``torch.autograd.function.once_differentiable`` looks at the incoming gradients alone, not at the saved tensors.
-    ``backward`` takes these after ``ctx``: activation checkpointing lets them be unpacked once.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx, *grads):
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return backward(ctx, saved, *grads)
-        with torch.no_grad():
-            outputs = backward(ctx, saved, *grads)
-        if torch._C._are_functorch_transforms_active():
-            return outputs
-        return SecondOrder.apply(len(outputs), *outputs, *grads, *saved)
-
-    return wrapper
+def _expect_pairs(name: str, t: Tensor, num_gates: int, capacity: int) -> None:
+    """Checks the sizes of ``(…, n, k)`` tensors beside expert buffers."""
+    expect(t.dim() >= 2, f"{name} must have shape (..., tokens, top_n)")
+    tokens, top_n = t.shape[-2:]
+    expect(num_gates >= 1, f"num_gates must be at least 1, got {num_gates}")
+    for in_range in (capacity >= 1, capacity <= INT_MAX):  # each alone: together they would be a Python branch on a symbol
+        expect(in_range, f"capacity must be from 1 to 2^31 - 1, got {capacity}")
+    expect(top_n >= 1, "top_n must be at least 1, got 0")
+    expect(tokens * top_n <= INT_MAX, f"tokens * top_n must be below 2^31, got {tokens} * {top_n}")
 
 
-class Gate(Function):
-    """``gate``: noise, softmax, stable top-n, weights, and the losses' sums (SPEC steps 3 to 6 and 10)."""
+def _expect_assigned(expert: Tensor, slot: Tensor, source: Tensor) -> None:
+    """Checks ``expert`` and ``slot`` ``(…, n, k)`` beside ``source`` ``(…, e, C)``."""
+    expect(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)")
+    expect(source.dim() == expert.dim(), "source must have shape (..., experts, capacity), like expert")
+    _expect_pairs("expert", expert, *source.shape[-2:])
+    expect_tensor("expert", expert, expert.shape, torch.int32)
+    expect_tensor("slot", slot, expert.shape, torch.int32)
+    expect_tensor("source", source, (*expert.shape[:-2], *source.shape[-2:]), torch.int32)
+
+
+def _expect_rows(name: str, t: Tensor, shape: Sequence[int]) -> None:
+    """Checks rows of features, one for each place of ``shape``."""
+    _expect_dtype(name, t.dtype)
+    expect(t.dim() >= 1, f"{name} must have a dimension of features")
+    expect_tensor(name, t, (*shape, t.shape[-1]), t.dtype)
+
+
+@operator("gate")
+class Gate(Operator):
+    """``gate``: noise, softmax, stable top-n, weights, and the sums of the losses (docs/spec.md, steps 3 to 6 and 10)."""
 
     @staticmethod
-    def forward(logits, noise, token_mask, top_n, eps, noise_mult, soft, losses):
-        return below_autograd(_ops.gate.default, logits, noise, token_mask, top_n, eps, noise_mult, soft, losses)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, noise, token_mask, _, ctx.eps, ctx.noise_mult, ctx.soft, ctx.losses = inputs
-        _, expert, _, top_count, _, _ = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, noise, token_mask, _top_n, *ctx.options, ctx.losses = inputs
+        _weight, expert, _importance, top_count, *_losses = output
         ctx.save_for_backward(logits, noise, token_mask, expert, top_count)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_first_order
-    def backward(ctx, saved, grad_weight, _expert, grad_importance, _top_count, grad_balance_loss, grad_router_z_loss):
-        logits, noise, token_mask, expert, top_count = saved
+    def backward(
+        ctx: Any,
+        grad_weight: Tensor | None,
+        _expert: None,
+        grad_importance: Tensor | None,
+        _top_count: None,
+        grad_balance_loss: Tensor | None,
+        grad_router_z_loss: Tensor | None,
+    ) -> tuple[Tensor]:
         if not ctx.losses:  # constants
             grad_importance = grad_balance_loss = grad_router_z_loss = None
-        grad_logits = _ops.gate_backward.default(
-            grad_weight,
-            grad_importance,
-            grad_balance_loss,
-            grad_router_z_loss,
-            logits,
-            noise,
-            token_mask,
-            expert,
-            top_count,
-            ctx.eps,
-            ctx.noise_mult,
-            ctx.soft,
-        )
-        return grad_logits, None, None, None, None, None, None, None
-
-
-class Assign(Function):
-    """``assign``: threshold masking and capacity assignment (SPEC steps 7 and 8)."""
+        grads = grad_weight, grad_importance, grad_balance_loss, grad_router_z_loss
+        return (Gate.run_backward(*grads, *ctx.saved_tensors, *ctx.options),)
 
     @staticmethod
-    def forward(weight, expert, draws, threshold, token_mask, num_gates, capacity, policy, eps):
-        return below_autograd(
-            _ops.assign.default, weight, expert, draws, threshold, token_mask, num_gates, capacity, policy, eps
+    def fake(logits: Tensor, noise: Tensor | None, token_mask: Tensor | None, top_n: int, *options: Any) -> tuple[Tensor, ...]:
+        *lead, n, e = _logits_shape(logits, top_n)
+        dtype = compute_dtype(logits.dtype)
+        expect_tensor("noise", noise, logits.shape, dtype)
+        expect_tensor("token_mask", token_mask, logits.shape[:-1], torch.bool)
+        return (
+            logits.new_empty((*lead, n, top_n), dtype=dtype),
+            logits.new_empty((*lead, n, top_n), dtype=torch.int32),
+            logits.new_empty((*lead, e), dtype=dtype),
+            logits.new_empty((*lead, e), dtype=torch.int32),
+            logits.new_empty((), dtype=dtype),
+            logits.new_empty((), dtype=dtype),
         )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, slot, _, _ = output
+    def fake_backward(
+        grad_weight: Tensor | None,
+        grad_importance: Tensor | None,
+        grad_balance_loss: Tensor | None,
+        grad_router_z_loss: Tensor | None,
+        logits: Tensor,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        expert: Tensor,
+        top_count: Tensor,
+        *options: Any,
+    ) -> Tensor:
+        expect(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)")
+        top_n = expert.shape[-1]
+        *lead, n, e = _logits_shape(logits, top_n)
+        dtype = compute_dtype(logits.dtype)
+        expect_tensor("grad_weight", grad_weight, (*lead, n, top_n), dtype)
+        expect_tensor("grad_importance", grad_importance, (*lead, e), dtype)
+        expect_tensor("grad_balance_loss", grad_balance_loss, (), dtype)
+        expect_tensor("grad_router_z_loss", grad_router_z_loss, (), dtype)
+        expect_tensor("noise", noise, logits.shape, dtype)
+        expect_tensor("token_mask", token_mask, logits.shape[:-1], torch.bool)
+        expect_tensor("expert", expert, (*lead, n, top_n), torch.int32)
+        expect_tensor("top_count", top_count, (*lead, e), torch.int32)
+        return logits.new_empty(logits.shape)
+
+
+@operator("assign")
+class Assign(Operator):
+    """``assign``: threshold masking and the assignment of slots (docs/spec.md, steps 7 and 8)."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _kept, slot, _source, _demand = output
         ctx.save_for_backward(slot)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_first_order
-    def backward(ctx, saved, grad_kept, _slot, _source, _demand):
-        (slot,) = saved
-        grad_weight = None if grad_kept is None else _ops.assign_backward.default(grad_kept, slot)
-        return grad_weight, None, None, None, None, None, None, None, None
-
-
-class Dense(Function):
-    """``dense``: the two ``(…, n, e, C)`` tensors (SPEC step 9)."""
+    def backward(ctx: Any, grad_kept: Tensor | None, *_integers: None) -> tuple[Tensor | None]:
+        return (None if grad_kept is None else Assign.run_backward(grad_kept, *ctx.saved_tensors),)
 
     @staticmethod
-    def forward(weight, expert, slot, num_gates, capacity, dtype, straight_through):
-        return below_autograd(_ops.dense.default, weight, expert, slot, num_gates, capacity, dtype, straight_through)
+    def fake(
+        weight: Tensor,
+        expert: Tensor,
+        draws: Tensor | None,
+        threshold: Tensor | None,
+        token_mask: Tensor | None,
+        num_gates: int,
+        capacity: int,
+        policy: int,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        _expect_pairs("weight", weight, num_gates, capacity)
+        _expect_dtype("weight", weight.dtype, COMPUTE_TYPES)
+        expect(0 <= policy < len(POLICIES), f"policy must be from 0 to {len(POLICIES) - 1}, got {policy}")
+        chosen = POLICIES[policy]
+        expect(draws is not None or chosen != "random", "draws must be given for the random policy")
+        needs_threshold = chosen in ("random", "threshold")
+        expect(threshold is not None or not needs_threshold, "threshold must be given for the random and threshold policies")
+        *lead, n, top_n = weight.shape
+        expect_tensor("expert", expert, weight.shape, torch.int32)
+        expect_tensor("draws", draws, weight.shape, weight.dtype)
+        expect_tensor("threshold", threshold, (top_n,), weight.dtype)
+        expect_tensor("token_mask", token_mask, (*lead, n), torch.bool)
+        return (
+            weight.new_empty(weight.shape),
+            weight.new_empty(weight.shape, dtype=torch.int32),
+            weight.new_empty((*lead, num_gates, capacity), dtype=torch.int32),
+            weight.new_empty((*lead, num_gates), dtype=torch.int32),
+        )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, expert, slot, _, _, _, ctx.straight_through = inputs
+    def fake_backward(grad_kept: Tensor, slot: Tensor) -> Tensor:
+        _expect_dtype("grad_kept", grad_kept.dtype, COMPUTE_TYPES)
+        expect_tensor("grad_kept", grad_kept, slot.shape, grad_kept.dtype)
+        expect_tensor("slot", slot, slot.shape, torch.int32)
+        return grad_kept.new_empty(grad_kept.shape)
+
+
+@operator("dense")
+class Dense(Operator):
+    """``dense``: the two ``(…, n, e, C)`` tensors (docs/spec.md, step 9)."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _weight, expert, slot, *_sizes, ctx.straight_through = inputs
         ctx.save_for_backward(expert, slot)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_first_order
-    def backward(ctx, saved, grad_dispatch, grad_combine):
-        expert, slot = saved
-        grad_weight = None
+    def backward(ctx: Any, grad_dispatch: Tensor | None, grad_combine: Tensor | None) -> tuple[Tensor | None]:
         if not ctx.straight_through:
             grad_dispatch = None
-        if grad_dispatch is not None or grad_combine is not None:
-            grad_weight = _ops.dense_backward.default(grad_dispatch, grad_combine, expert, slot)
-        return grad_weight, None, None, None, None, None, None
+        if grad_dispatch is None and grad_combine is None:
+            return (None,)
+        return (Dense.run_backward(grad_dispatch, grad_combine, *ctx.saved_tensors),)
+
+    @staticmethod
+    def fake(
+        weight: Tensor, expert: Tensor, slot: Tensor, num_gates: int, capacity: int, dtype: torch.dtype, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        _expect_dtype("dtype", dtype)
+        _expect_pairs("weight", weight, num_gates, capacity)
+        expect_tensor("weight", weight, weight.shape, compute_dtype(dtype))
+        expect_tensor("expert", expert, weight.shape, torch.int32)
+        expect_tensor("slot", slot, weight.shape, torch.int32)
+        shape = (*weight.shape[:-1], num_gates, capacity)
+        return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
+
+    @staticmethod
+    def fake_backward(grad_dispatch: Tensor | None, grad_combine: Tensor | None, expert: Tensor, slot: Tensor) -> Tensor:
+        grad = grad_dispatch if grad_combine is None else grad_combine
+        if grad is None:
+            raise RuntimeError("grad_dispatch or grad_combine must be given")
+        fits = grad.dim() >= 3 and slot.dim() + 1 == grad.dim()
+        expect(fits, "a gradient must have shape (..., tokens, experts, capacity)")
+        _expect_dtype("grad_combine", grad.dtype)
+        _expect_pairs("slot", slot, *grad.shape[-2:])
+        expect_tensor("expert", expert, slot.shape, torch.int32)
+        expect_tensor("slot", slot, slot.shape, torch.int32)
+        shape = (*slot.shape[:-1], *grad.shape[-2:])
+        expect_tensor("grad_dispatch", grad_dispatch, shape, grad.dtype)
+        expect_tensor("grad_combine", grad_combine, shape, grad.dtype)
+        return slot.new_empty(slot.shape, dtype=compute_dtype(grad.dtype))
 
 
-class Dispatch(Function):
+@operator("dispatch")
+class Dispatch(Operator):
     """``dispatch``: token rows to expert buffers."""
 
     @staticmethod
-    def forward(x, weight, expert, slot, source, straight_through):
-        return below_autograd(_ops.dispatch.default, x, weight, expert, slot, source, straight_through)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _weight, *indices, straight_through = inputs
+        ctx.save_for_backward(x if straight_through and ctx.needs_input_grad[1] else None, *indices)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, _, expert, slot, source, straight_through = inputs
-        needs_weight = straight_through and ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if needs_weight else None, expert, slot, source)
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, *indices = ctx.saved_tensors
+        grad_x, grad_weight = Dispatch.run_backward(grad_y, x, *indices)
+        return grad_x, None if x is None else grad_weight
 
     @staticmethod
-    @_first_order
-    def backward(ctx, saved, grad_y):
-        x, expert, slot, source = saved
-        grad_x, grad_weight = _ops.dispatch_backward.default(grad_y, x, expert, slot, source)
-        return grad_x, None if x is None else grad_weight, None, None, None, None
+    def fake(x: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor, straight_through: bool) -> Tensor:
+        _expect_assigned(expert, slot, source)
+        _expect_rows("x", x, expert.shape[:-1])
+        expect_tensor("weight", weight, expert.shape, compute_dtype(x.dtype))
+        return x.new_empty((*source.shape, x.shape[-1]))
+
+    @staticmethod
+    def fake_backward(grad_y: Tensor, x: Tensor | None, expert: Tensor, slot: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        _expect_assigned(expert, slot, source)
+        _expect_rows("grad_y", grad_y, source.shape)
+        tokens = (*slot.shape[:-1], grad_y.shape[-1])
+        expect_tensor("x", x, tokens, grad_y.dtype)
+        weights = (0,) if x is None else slot.shape
+        return grad_y.new_empty(tokens), grad_y.new_empty(weights, dtype=compute_dtype(grad_y.dtype))
 
 
-class Combine(Function):
+@operator("combine")
+class Combine(Operator):
     """``combine``: expert buffers back to token rows, weighted."""
 
     @staticmethod
-    def forward(y, weight, expert, slot, source):
-        return below_autograd(_ops.combine.default, y, weight, expert, slot, source)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @_first_order
-    def backward(ctx, saved, grad_out):
-        grad_y, grad_weight = _ops.combine_backward.default(grad_out, *saved)
-        return grad_y, grad_weight, None, None, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+        return Combine.run_backward(grad_out, *ctx.saved_tensors)
+
+    @staticmethod
+    def fake(y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor) -> Tensor:
+        _expect_assigned(expert, slot, source)
+        _expect_rows("y", y, source.shape)
+        expect_tensor("weight", weight, expert.shape, compute_dtype(y.dtype))
+        return y.new_empty((*slot.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    def fake_backward(
+        grad_out: Tensor, y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out = Combine.fake(y, weight, expert, slot, source)
+        expect_tensor("grad_out", grad_out, out.shape, y.dtype)
+        return y.new_empty(y.shape), weight.new_empty(weight.shape)
 
 
-def vmap_rule(call):
-    """``torch.vmap`` over an operator: one call for each sample, since each has losses of its own."""
+@operator("linear")
+class Linear(Operator):
+    """``linear``: logits ``(…, e)`` of tokens ``(…, d)`` and a weight ``(e, d)`` (docs/spec.md, step 2). On the CPU alone."""
 
-    def rule(info, in_dims, *args):
-        def sample(i):
-            return call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
-        outputs = [sample(i) for i in range(info.batch_size)]
-        if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        return tuple(torch.stack(t) for t in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative, which torch's own products have
+            grad, rows, matrix = (t.to(compute_dtype(x.dtype)) for t in (grad, x, weight))
+            with torch.autocast("cpu", enabled=False):
+                grad_x = grad @ matrix if wants_x else None
+                grad_weight = grad.flatten(0, -2).t() @ rows.flatten(0, -2) if wants_weight else None
+        else:
+            grad_x, grad_weight = Linear.run_backward(grad, x, weight, wants_x, wants_weight)
+        return grad_x.to(x.dtype) if wants_x else None, grad_weight.to(x.dtype) if wants_weight else None
 
-    return rule
+    @staticmethod
+    def fake(x: Tensor, weight: Tensor) -> Tensor:
+        matrix = weight.dim() == 2 and weight.shape[0] >= 1 and weight.shape[1] >= 1
+        expect(matrix, "weight must have shape (experts, features), one of each or more")
+        expect(x.dim() >= 1, "x must have shape (..., features)")
+        _expect_rows("x", x, x.shape[:-1])
+        expect_tensor("weight", weight, (weight.shape[0], x.shape[-1]), x.dtype)
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-
-FUNCTIONS: dict[str, type[Function]] = {
-    "gate": Gate,
-    "assign": Assign,
-    "dense": Dense,
-    "dispatch": Dispatch,
-    "combine": Combine,
-}
-
-for _name, _function in FUNCTIONS.items():
-    _function.vmap = staticmethod(vmap_rule(_function.apply))
-    torch.library.register_autograd(f"topn_gating::{_name}", _function.backward, setup_context=_function.setup_context)
-    torch.library.register_vmap(f"topn_gating::{_name}", _function.vmap)
-    torch.library.register_vmap(f"topn_gating::{_name}_backward", vmap_rule(getattr(_ops, f"{_name}_backward")))
+    @staticmethod
+    def fake_backward(
+        grad_logits: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
+    ) -> tuple[Tensor, Tensor]:
+        logits = Linear.fake(x, weight)
+        expect_tensor("grad_logits", grad_logits, logits.shape, x.dtype)
+        return x.new_empty(x.shape if wants_x else (0,)), weight.new_empty(weight.shape if wants_weight else (0,))

@@ -19,7 +19,7 @@ from .checks import (
     check_tensor,
     threshold_per_rank,
 )
-from .dtypes import autocast, real_dtype
+from .dtypes import autocast, compute_dtype
 
 BALANCE_ON = ("routed", "kept")
 
@@ -73,8 +73,8 @@ class Routing(NamedTuple):
         """
         dtype = dtype or self.weight.dtype
         num_gates, capacity = self.source.shape[-2:]
-        weight = self.weight.to(real_dtype(dtype))
-        return ops.apply("dense", weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
+        weight = self.weight.to(compute_dtype(dtype))
+        return ops.Dense.call(weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
 
     def __repr__(self) -> str:
         (*groups, tokens, top_n), (num_gates, capacity) = self.expert.shape, self.source.shape[-2:]
@@ -148,7 +148,7 @@ def route(
     check_choice("balance_on", balance_on, BALANCE_ON)
     check_positive("eps", eps)
     *lead, n, num_gates = logits.shape
-    real = real_dtype(logits.dtype)
+    real = compute_dtype(logits.dtype)
     if capacity is None:
         check_positive("capacity_factor", capacity_factor)
         check_count("min_expert_capacity", min_expert_capacity)
@@ -172,13 +172,12 @@ def route(
         threshold = None
 
     fused = differentiable_topk and differentiable_topk_fused
-    weight, expert, importance, _, balance_loss, router_z_loss = ops.apply(
-        "gate", logits, noise, token_mask, top_n, eps, noise_mult, fused, losses
+    weight, expert, importance, _, balance_loss, router_z_loss = ops.Gate.call(
+        logits, noise, token_mask, top_n, eps, noise_mult, fused, losses
     )
     if differentiable_topk and not fused:
         weight = _composed_soft_weight(logits, noise, noise_mult, expert, eps)
-    kept, slot, source, demand = ops.apply(
-        "assign",
+    kept, slot, source, demand = ops.Assign.call(
         weight,
         expert,
         draws if policy == "random" else None,
@@ -206,8 +205,8 @@ def dispatch(x: Tensor, routing: Routing) -> Tensor:
     """
     check_rows("x", x, routing.expert.shape[:-1], routing.expert.device)
     x = autocast(x)
-    weight = routing.weight.to(real_dtype(x.dtype))
-    return ops.apply("dispatch", x, weight, routing.expert, routing.slot, routing.source, routing.straight_through)
+    weight = routing.weight.to(compute_dtype(x.dtype))
+    return ops.Dispatch.call(x, weight, routing.expert, routing.slot, routing.source, routing.straight_through)
 
 
 def combine(y: Tensor, routing: Routing) -> Tensor:
@@ -222,14 +221,14 @@ def combine(y: Tensor, routing: Routing) -> Tensor:
     """
     check_rows("y", y, routing.source.shape, routing.source.device)
     y = autocast(y)
-    weight = routing.weight.to(real_dtype(y.dtype))
-    return ops.apply("combine", y, weight, routing.expert, routing.slot, routing.source)
+    weight = routing.weight.to(compute_dtype(y.dtype))
+    return ops.Combine.call(y, weight, routing.expert, routing.slot, routing.source)
 
 
 def _composed_soft_weight(logits: Tensor, noise: Tensor | None, noise_mult: float, expert: Tensor, eps: float) -> Tensor:
     from .reference import gumbel, topn_weight  # here, since the reference builds on Routing
 
-    scores = logits.to(real_dtype(logits.dtype))
+    scores = logits.to(compute_dtype(logits.dtype))
     if noise is not None:
         scores = scores + noise_mult * gumbel(noise)
     return topn_weight(scores.softmax(-1), expert, eps, soft=True)

@@ -194,11 +194,11 @@ def test_gradient_reaches_kept_weights_alone(backend, dtype):
 
 
 @policies
-def test_gradcheck(door, device, policy):
+def test_gradcheck(entry_point, device, policy):
     case = assign_case((2, 6), 4, 3, 2, policy, dtype=torch.float64)
     weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
-    assert torch.autograd.gradcheck(lambda w: door("assign")(w, *rest)[0], weight.requires_grad_())
-    assert [t.requires_grad for t in door("assign")(weight, *rest)] == [True, False, False, False]
+    assert torch.autograd.gradcheck(lambda w: entry_point("assign")(w, *rest)[0], weight.requires_grad_())
+    assert [t.requires_grad for t in entry_point("assign")(weight, *rest)] == [True, False, False, False]
 
 
 @policies

@@ -125,12 +125,12 @@ def test_any_layout(backend, dtype):
     assert_same_bits(backward(backend, a, wide, one), backward(backend, a, wide.contiguous(), one.contiguous()))
 
 
-def test_gradcheck(door, device):
+def test_gradcheck(entry_point, device):
     a = assignment((2, 6), 4, 2, 2, dtype=torch.float64)
     y = rows(a, 3, torch.float64)[0].to(device).requires_grad_()
     weight, indices = a.weight.to(device).requires_grad_(), [t.to(device) for t in a.indices]
-    assert torch.autograd.gradcheck(lambda y, w: door("combine")(y, w, *indices), (y, weight))
-    door("combine")(y, weight, *indices).sum().backward()
+    assert torch.autograd.gradcheck(lambda y, w: entry_point("combine")(y, w, *indices), (y, weight))
+    entry_point("combine")(y, weight, *indices).sum().backward()
     expected = oracle_gradients(a, y.detach().cpu(), torch.ones(2, 6, 3))
     assert_near(y.grad.cpu(), expected[0])
     assert_near(weight.grad.cpu(), expected[1])

@@ -8,7 +8,7 @@ from cases import Assignment, assignment, dtypes, in_range, tampered
 from compare import assert_near, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating import reference
-from topn_gating.dtypes import real_dtype
+from topn_gating.dtypes import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -53,7 +53,7 @@ def test_an_entry_at_each_place(backend, dtype):
     for place in range(5 * 29):
         expert, slot = (torch.tensor([[0], [t], [0]], dtype=torch.int32) for t in divmod(place, 29))
         slot[[0, 2]] = -1
-        weight = torch.full((3, 1), 0.5, dtype=real_dtype(dtype))
+        weight = torch.full((3, 1), 0.5, dtype=compute_dtype(dtype))
         out = backend("dense", weight, expert, slot, 5, 29, dtype, True)
         expected = torch.zeros(3, 5, 29, dtype=dtype)
         expected[1].view(-1)[place] = 1
@@ -167,13 +167,13 @@ def test_gradients_of_no_slot_are_not_read(backend):
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_gradcheck(door, device, straight_through):
+def test_gradcheck(entry_point, device, straight_through):
     """The straight-through gradient of ``dispatch`` has no finite difference: it is compared to the reference's."""
     a = assignment((2, 6), 4, 2, 2, dtype=torch.float64, straight_through=straight_through)
     weight, expert, slot = (t.to(device) for t in (a.weight, a.expert, a.slot))
 
     def dense(weight):
-        return door("dense")(weight, expert, slot, 4, 2, torch.float64, straight_through)
+        return entry_point("dense")(weight, expert, slot, 4, 2, torch.float64, straight_through)
 
     assert torch.autograd.gradcheck(lambda w: dense(w)[1], weight.requires_grad_())
     grads = random_gradients(a, torch.float64)

@@ -108,7 +108,7 @@ def test_any_layout(backend, dtype):
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_autograd(door, device, straight_through):
+def test_autograd(entry_point, device, straight_through):
     """The straight-through gradient has no finite difference: x is checked by gradcheck, the weight against the reference."""
     a = assignment((2, 6), 4, 2, 2, dtype=torch.float64, straight_through=straight_through)
     x, grad_y = rows(a, 3, torch.float64)
@@ -116,7 +116,7 @@ def test_autograd(door, device, straight_through):
     x_leaf, weight = (t.to(device).requires_grad_() for t in (x.clone(), a.weight))
 
     def run(x, weight):
-        return door("dispatch")(x, weight, *indices, straight_through)
+        return entry_point("dispatch")(x, weight, *indices, straight_through)
 
     assert torch.autograd.gradcheck(lambda x: run(x, weight.detach()), x_leaf)
     for grad in (grad_y, torch.ones((), dtype=torch.float64).expand_as(grad_y)):
@@ -127,11 +127,11 @@ def test_autograd(door, device, straight_through):
     assert_near(x_leaf.grad.cpu(), (a.slot >= 0).sum(-1, keepdim=True).double().expand_as(x))
 
 
-def test_weight_alone_wants_a_gradient(door, device):
+def test_weight_alone_wants_a_gradient(entry_point, device):
     a = assignment((2, 6), 4, 2, 2, dtype=torch.float64)
     x, grad_y = rows(a, 3, torch.float64)
     weight = a.weight.clone().to(device).requires_grad_()
-    y = door("dispatch")(x.to(device), weight, *(t.to(device) for t in a.indices), True)
+    y = entry_point("dispatch")(x.to(device), weight, *(t.to(device) for t in a.indices), True)
     assert_near(torch.autograd.grad(y, weight, grad_y.to(device))[0].cpu(), oracle_gradients(a, x, grad_y)[1])
 
 

@@ -7,7 +7,7 @@ import torch
 from cases import FLOATS, GateCase, dtypes, gate_case
 from compare import assert_near, assert_relative, assert_same_bits, assert_same_for_any_schedule, spread
 
-from topn_gating.dtypes import real_dtype
+from topn_gating.dtypes import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -37,7 +37,7 @@ def settled(case: GateCase) -> torch.Tensor:
 
 def check(case: GateCase, backend) -> None:
     out, expected, sure = case.run(backend), case.oracle(), settled(case)
-    real = real_dtype(case.logits.dtype)
+    real = compute_dtype(case.logits.dtype)
     tolerance = 1e-12 if real == torch.float64 else 1e-6
     if case.noise is not None and case.scores().numel():  # noisy scores are rounded (step 3), and their exponential with them
         tolerance += torch.finfo(real).eps * case.scores().abs().max().item()
@@ -186,9 +186,9 @@ def test_without_losses_they_are_zero_and_the_rest_stays(backend):
     assert all(not t.any() for t in quiet[2:])
 
 
-def test_without_losses_they_have_no_gradient(door, device):
+def test_without_losses_they_have_no_gradient(entry_point, device):
     logits = torch.randn(2, 9, 7, device=device, requires_grad=True)
-    _, _, importance, _, balance_loss, router_z_loss = door("gate")(logits, None, None, 2, 1e-9, 1.0, False, False)
+    _, _, importance, _, balance_loss, router_z_loss = entry_point("gate")(logits, None, None, 2, 1e-9, 1.0, False, False)
     total = importance.sum() + balance_loss + router_z_loss
     grad = torch.autograd.grad(total, logits, allow_unused=True)[0] if total.requires_grad else None
     assert grad is None or not grad.any()
@@ -280,19 +280,19 @@ def test_gradient_of_nothing_is_zero(backend):
 
 @variants
 @pytest.mark.parametrize("top_n", [1, 2, 3, 5])
-def test_gradcheck(door, device, top_n, options):
+def test_gradcheck(entry_point, device, top_n, options):
     case = gate_case((2, 4, 5), top_n, dtype=torch.float64, **options)
     logits, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
 
     def floats(logits):
-        weight, _, importance, _, balance_loss, router_z_loss = door("gate")(logits, *rest)
+        weight, _, importance, _, balance_loss, router_z_loss = entry_point("gate")(logits, *rest)
         return weight, importance, balance_loss, router_z_loss
 
     assert torch.autograd.gradcheck(floats, logits.requires_grad_())
 
 
-def test_integers_carry_no_gradient(door, device):
-    out = door("gate")(torch.randn(4, 5, device=device, requires_grad=True), None, None, 2, 1e-9, 1.0, False, True)
+def test_integers_carry_no_gradient(entry_point, device):
+    out = entry_point("gate")(torch.randn(4, 5, device=device, requires_grad=True), None, None, 2, 1e-9, 1.0, False, True)
     assert [t.requires_grad for t in out] == [True, False, True, False, True, True]
 
 

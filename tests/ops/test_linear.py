@@ -8,6 +8,7 @@ from compare import assert_near, assert_same_bits, assert_same_for_any_schedule,
 
 from topn_gating import TopNGating, linear
 from topn_gating.linear import GateLinear
+from topn_gating.ops import Linear
 
 ops = torch.ops.topn_gating
 
@@ -109,7 +110,7 @@ def test_opcheck(dtype, wanted):
     torch.library.opcheck(ops.linear.default, args)
 
 
-@pytest.mark.parametrize("function", [ops.linear, linear.Linear.apply, linear.TorchLinear.apply], ids=["op", "ours", "torch"])
+@pytest.mark.parametrize("function", [ops.linear, Linear.apply, linear.TorchLinear.apply], ids=["op", "ours", "torch"])
 def test_gradcheck(function):
     x, weight, _ = (t.requires_grad_() for t in tensors((2, 6), 5, 3, torch.float64))
     assert torch.autograd.gradcheck(function, (x, weight))
@@ -184,10 +185,15 @@ def test_other_types_have_torchs_logits_and_the_kernels_gradients(dtype):
     assert_same_bits(alone, grads[1])
 
 
-def test_types_that_do_not_fit_are_torchs_error():
+def test_types_that_do_not_fit_are_an_error_that_says_what_to_do():
     gate, x, _ = operands(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="dtype"):
-        gate(x.float())
+    for bad in (x.float(), x.double()):
+        with pytest.raises(TypeError, match=r"^x must be torch.bfloat16 like the gate's .*autocast.*router_dtype.* got"):
+            gate(bad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gate(x.float()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"x must be torch.bfloat16 .* got torch.float64"):
+            gate(x.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -1,0 +1,183 @@
+"""How an operator becomes known to torch: the decorator :func:`operator`, and :func:`call`, which runs one by its class."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd import Function
+
+from .eager import asks_for_gradient, below_autograd, run, transforms_active
+
+
+class Operator(Function):
+    """The autograd Function of an operator. It takes all arguments of the schema, in the schema's order.
+
+    A class under :func:`operator` has ``setup_context(ctx, inputs, output)``; ``backward(ctx, *grads)``, which returns the
+    gradients of the first arguments, in a tuple; ``fake(*inputs)`` and ``fake_backward(*inputs)``, which check what the
+    kernels would and return empty results of ``<name>`` and ``<name>_backward``. ``forward`` and ``vmap`` are the decorator's.
+    """
+
+    call: ClassVar[Callable[..., Any]]
+    run_backward: ClassVar[Callable[..., Any]]
+    fake: ClassVar[Callable[..., Any]]
+    fake_backward: ClassVar[Callable[..., Any]]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        """Refuses forward mode."""
+        raise RuntimeError(
+            "topn_gating has no forward-mode derivatives (forward_ad, torch.func.jvp, jacfwd, hessian): "
+            "use reverse mode (backward, torch.func.vjp, grad, jacrev)"
+        )
+
+
+class NoSecondDerivative(Function):
+    """A call of ``<name>_backward`` whose results somebody may differentiate: an error, since they are a kernel's.
+
+    ``torch.compile`` traces the derivative of a gradient whether or not it is ever wanted. So the error is an operator of its
+    own: a graph that holds it raises when it is run.
+    """
+
+    @staticmethod
+    def forward(overload: OpOverload, *args: Any) -> Any:
+        return below_autograd(overload, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+        ctx.set_materialize_grads(False)  # the error belongs to a gradient that comes in
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        refuse, some_grad = torch.ops.topn_gating.no_second_derivative, next(g for g in grads if g is not None)
+        return tuple(None if t is None else refuse(some_grad, t) for t in ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        """Refuses."""
+        _no_second_derivative()
+
+
+def _no_second_derivative(*args: Any) -> NoReturn:
+    raise RuntimeError(
+        "topn_gating has first derivatives alone: its backward cannot be differentiated "
+        "(topn_gating.reference has the same functions in torch operations, which can)"
+    )
+
+
+def _run_backward(overload: OpOverload, *args: Any) -> Any:
+    if transforms_active() or asks_for_gradient(*args):
+        return NoSecondDerivative.apply(overload, *args)
+    return below_autograd(overload, *args)
+
+
+def vmap_rule(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the rule of ``torch.vmap`` for ``function``: one call for each sample, since each has losses of its own."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        if info.batch_size == 0:  # one sample of zeros has the results' shapes
+            args = tuple(
+                a if d is None else torch.cat([a, a.new_zeros((*a.shape[:d], 1, *a.shape[d + 1 :]))], d)
+                for a, d in zip(args, in_dims, strict=True)
+            )
+
+        def sample(i: int) -> Any:
+            return function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+
+        outputs = [sample(i) for i in range(max(info.batch_size, 1))]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs)[: info.batch_size], 0
+        return tuple(torch.stack(t)[: info.batch_size] for t in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+    return rule
+
+
+NoSecondDerivative.vmap = staticmethod(vmap_rule(NoSecondDerivative.apply))
+
+OPERATORS: dict[str, type[Operator]] = {}
+_library = torch.library.Library("topn_gating", "FRAGMENT")
+_library.define("no_second_derivative(Tensor grad, Tensor input) -> Tensor grad_input")
+for _key in ("CPU", "CUDA", "FuncTorchDynamicLayerFrontMode"):
+    _library.impl("no_second_derivative", _no_second_derivative, _key)
+torch.library.register_fake("topn_gating::no_second_derivative", lambda grad, input: torch.empty_like(input))
+_Class = TypeVar("_Class", bound=type[Operator])
+
+
+def operator(name: str) -> Callable[[_Class], _Class]:
+    """Registers a class as ``torch.ops.topn_gating.<name>`` and ``<name>_backward``: autograd, vmap, results without data."""
+
+    def register(function: _Class) -> _Class:
+        forward: OpOverload = getattr(torch.ops.topn_gating, name).default
+        backward: OpOverload = getattr(torch.ops.topn_gating, f"{name}_backward").default
+        function.call, function.forward = staticmethod(_caller(function, forward)), staticmethod(_kernel(forward))
+        function.run_backward = staticmethod(functools.partial(_run_backward, backward))
+        function.backward = staticmethod(_with_nones(function.backward, len(forward._schema.arguments)))
+        function.vmap = staticmethod(vmap_rule(function.apply))
+        for overload, eager, transformed, fake in (
+            (forward, functools.partial(run, function), function.apply, function.fake),
+            (backward, function.run_backward, functools.partial(NoSecondDerivative.apply, backward), function.fake_backward),
+        ):
+            _library.impl(overload, eager, "Autograd")
+            _library.impl(overload, transformed, "FuncTorchDynamicLayerFrontMode")
+            torch.library.register_fake(overload, _of_one_device(overload, fake))
+        OPERATORS[name] = function
+        return function
+
+    return register
+
+
+def _caller(function: type[Operator], overload: OpOverload) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return overload(*args) if torch.compiler.is_compiling() else run(function, *args)
+
+    return call
+
+
+def _kernel(overload: OpOverload) -> Callable[..., Any]:
+    def forward(*args: Any) -> Any:
+        return below_autograd(overload, *args)
+
+    return forward
+
+
+def _with_nones(backward: Callable[..., tuple[Any, ...]], count: int) -> Callable[..., tuple[Any, ...]]:
+    """``backward`` with None for each of the ``count`` inputs that it says nothing of."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        given = backward(ctx, *grads)
+        return *given, *(None,) * (count - len(given))
+
+    return wrapper
+
+
+def _of_one_device(overload: OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake`` for tensors that are all of one device."""
+
+    @functools.wraps(fake)
+    def wrapper(*args: Any) -> Any:
+        devices = {str(t.device) for t in args if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{overload} takes tensors of one device, got {', '.join(sorted(devices))}")
+        return fake(*args)
+
+    return wrapper
+
+
+def expect(condition: Any, message: str) -> None:
+    """Raises a RuntimeError unless ``condition``, which may depend on symbolic sizes."""
+    torch._check(condition, lambda: message)
+
+
+def expect_tensor(name: str, t: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raises a RuntimeError unless ``t`` is None or has that shape and dtype."""
+    if t is None:
+        return
+    expect(t.dtype == dtype, f"{name} must be {dtype}, got {t.dtype}")
+    message = f"{name} must have shape {tuple(shape)} to fit the other arguments, got {tuple(t.shape)}"
+    expect(t.dim() == len(shape), message)
+    for size, expected in zip(t.shape, shape, strict=True):
+        expect(size == expected, message)
