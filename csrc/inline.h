@@ -1,13 +1,14 @@
-// Functions small enough to be part of every caller, on the host and on a device.
+// Attributes of functions and loops, for kernels that several compilers compile.
 #pragma once
 
+// An inline function of host and device, which is always inlined.
 #ifdef __CUDACC__
 #define TOPN_INLINE __host__ __device__ __forceinline__
 #else
 #define TOPN_INLINE inline __attribute__((always_inline))
 #endif
 
-// An array that is indexed in an unrolled loop stays in registers.
+// Unroll the next loop on a GPU: an array that it indexes then stays in registers.
 #ifdef __CUDA_ARCH__
 #define TOPN_PRAGMA(text) _Pragma(#text)
 #define TOPN_UNROLL _Pragma("unroll")

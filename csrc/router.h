@@ -90,7 +90,7 @@ struct Assign : RoutingSizes, AssignOptions {
   const bool* token_mask = nullptr;  // (g, n) true where the token is valid; null: all are
   void* kept = nullptr;              // (g, n, k) the weight of each pair that holds a slot, 0 for others
   int32_t* slot = nullptr;           // (g, n, k) the slot that each pair holds, or kBelowThreshold or kOverCapacity
-  int32_t* source = nullptr;         // (g, e, C) token * top_n + rank, within the group, of the pair that holds the slot; -1: free
+  int32_t* source = nullptr;         // (g, e, C) token * top_n + rank of the pair of the group that holds the slot; -1: free
   int32_t* demand = nullptr;         // (g, e) number of routed pairs, those over capacity included
   void* workspace = nullptr;         // workspace_bytes(*this) bytes, aligned to 16
 };

@@ -1,22 +1,24 @@
-// The maths of one token, the same on every backend.
+// The maths of one token, its gradient and the formulas of the losses, the same on every backend.
 //
-// A row is the e values of one token: `lanes.count` values of type V. On a GPU the threads of a warp share a row, V is a
-// scalar, and the lanes are threads. On the CPU V is a SIMD vector whose lanes are tokens: a row is those of as many tokens,
-// and all that is said here of one token is done to each. `Row` holds the values: anything with an operator[]. `Lanes` says
-// how they lie:
+// A row is the e values of one token. Backends differ in where they lie. On a GPU the threads of a warp share a row, and each
+// thread holds some of its values. On the CPU value i of a row is a SIMD vector with one lane for each of several tokens, so
+// that every statement here is executed for all of these tokens at once. `Row` is any type with operator[]; a `RowLayout` has
 //
-//   V                     float or double, or a vector of them
-//   R                     one number of a token: a scalar on a GPU, V on the CPU
-//   Key                   the ordered integers of V's shape
-//   count, unroll         values of type V in a row; how often a GPU repeats the body of a loop over them
-//   sums                  partial sums that a loop over them keeps
-//   max(V), sum(V)        reductions over a row's lanes, in a fixed order
-//   real(i)               whether value i is of an expert
-//   at(Row, j)            the entry of expert j
-//   add(Row, j, R)        adds to it
+//   Scalar          float or double
+//   V               an element of a row: a Scalar on a GPU, a vector of Scalars on the CPU
+//   PerToken        one number of each token: a Scalar on a GPU, a vector on the CPU
+//   Int, Key        the signed integer that is as large as a Scalar, and such integers in the shape of V
+//   count, unroll   how many elements of the row this thread has, and how often a GPU unrolls loops over them
+//   accumulators    number of partial sums that a loop over the elements keeps
+//   max(V), sum(V)  reductions over the threads that share a row, in a fixed order; the CPU has nothing to reduce
+//   valid(i)        whether element i belongs to an expert; elements past the last one hold -inf as scores and so 0 as gates
+//   at(Row, j)      the value of expert j
+//   add(Row, j, x)  adds to the value of expert j
+//   exp(d, error)   exp(d + error): see exp_float in elementary.h
+//   log(u)          natural logarithm
+//   as_int(V)       the bits of V as a Key
 //
-// Entries past the last expert hold -inf as scores and so 0 as gates. Whoever includes this has declared, for V,
-// `exp_value(d, error)` (see elementary.h) and `log_value(u)`, and as_int, which gives a value's bits.
+// D stands for double or a vector of doubles.
 #pragma once
 
 #include <cmath>
@@ -25,128 +27,200 @@
 
 #include "elementary.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating {
 
-// SPEC step 3: standard Gumbel noise from a uniform number.
-template <class R, class V>
+// docs/spec.md, step 3: returns standard Gumbel noise of a uniform number.
+template <class RowLayout, class V>
 TOPN_INLINE V gumbel(V u) {
-  const V least = V{} + R(1e-20);
-  const V once = -log_value(u < least ? least : u);
-  return -log_value(once < least ? least : once);
+  const V least = V{} + typename RowLayout::Scalar(1e-20);
+  const V inner = -RowLayout::log(u < least ? least : u);
+  return -RowLayout::log(inner < least ? least : inner);
 }
 
-// Integers in the order of the scores, for step 5: NaN above everything, -0 equal to 0.
-template <class Lanes>
-TOPN_INLINE typename Lanes::Key score_key(typename Lanes::V s) {
-  using Key = typename Lanes::Key;
-  using Int = typename Lanes::Int;
+// docs/spec.md, step 5: returns integers in the order of the scores, NaN above everything and -0 equal to 0.
+template <class RowLayout>
+TOPN_INLINE typename RowLayout::Key score_key(typename RowLayout::V s) {
+  using Key = typename RowLayout::Key;
+  using Int = typename RowLayout::Int;
   constexpr Int highest = std::numeric_limits<Int>::max();
-  const Key bits = as_int(typename Lanes::V(s + 0.0f));
+  const Key bits = RowLayout::as_int(typename RowLayout::V(s + 0.0f));
   const Key ordered = bits ^ ((bits >> (8 * sizeof(Int) - 1)) & highest);
   return s == s ? ordered : Key{} + highest;
 }
 
-// exp(s - max), with what the subtraction rounds away (Knuth's two-sum).
-template <class V, class R>
-TOPN_INLINE V exp_below(V s, R max) {
+// Returns exp(s - max), corrected by what the subtraction rounds away (Knuth's two-sum).
+template <class RowLayout>
+TOPN_INLINE typename RowLayout::V exp_below(typename RowLayout::V s, typename RowLayout::PerToken max) {
+  using V = typename RowLayout::V;
   const V d = s - max;
   const V back = d - s;
   const V lost = (s - (d - back)) + (V{} - max - back);
-  return exp_value(d, lost);
+  return RowLayout::exp(d, lost);
 }
 
-// The scores' maximum, and the sum of exp(score - max): their logsumexp in two parts.
-template <class R>
+// The logsumexp of a token's scores in two parts: their maximum, and the sum of exp(score - maximum).
+template <class PerToken>
 struct LogSumExp {
-  R max, sum;
+  PerToken max, sum;
 };
-TOPN_INLINE double value_of(const LogSumExp<float>& lse) { return double(lse.max) + std::log(double(lse.sum)); }
-TOPN_INLINE double value_of(const LogSumExp<double>& lse) { return lse.max + std::log(lse.sum); }
 
-// SPEC step 4, in place: scores become gates. Returns the logsumexp of the scores.
-template <class Lanes, class Row>
-TOPN_INLINE LogSumExp<typename Lanes::R> softmax(const Lanes& lanes, Row&& s) {
-  using V = typename Lanes::V;
-  using R = typename Lanes::R;
+// docs/spec.md, step 4: turns scores into gates, in place, and returns the logsumexp of the scores.
+template <class RowLayout, class Row>
+TOPN_INLINE LogSumExp<typename RowLayout::PerToken> softmax(const RowLayout& layout, Row&& s) {
+  using V = typename RowLayout::V;
+  using PerToken = typename RowLayout::PerToken;
   V highest = s[0];
-  TOPN_UNROLL_BY(Lanes::unroll)
-  for (int i = 1; i < lanes.count; ++i) highest = s[i] > highest ? s[i] : highest;
-  const R max = lanes.max(highest);
-  V total[Lanes::sums] = {};
-  TOPN_UNROLL_BY(Lanes::unroll)
-  for (int i = 0; i < lanes.count; ++i) {
-    s[i] = exp_below(s[i], max);
-    total[i % Lanes::sums] += s[i];
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 1; i < layout.count; ++i) highest = s[i] > highest ? s[i] : highest;
+  const PerToken max = layout.max(highest);
+  V total[RowLayout::accumulators] = {};
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) {
+    s[i] = exp_below<RowLayout>(s[i], max);
+    total[i % RowLayout::accumulators] += s[i];
   }
-  for (int i = 1; i < Lanes::sums; ++i) total[0] += total[i];
-  const R sum = lanes.sum(total[0]);
-  const R scale = (R{} + 1.0f) / sum;
-  TOPN_UNROLL_BY(Lanes::unroll)
-  for (int i = 0; i < lanes.count; ++i) s[i] *= scale;
+  for (int i = 1; i < RowLayout::accumulators; ++i) total[0] += total[i];
+  const PerToken sum = layout.sum(total[0]);
+  const PerToken scale = (PerToken{} + 1.0f) / sum;
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) s[i] *= scale;
   return {max, sum};
 }
 
-// Soft top-n by coordinate descent (SPEC; arXiv 1502.04759), on q = exp(p / ε).
+// Turns the gradient of the gates p into that of the scores, in place: p_i (g_i - Σ_j p_j g_j), where g_i = grad[i] + extra(i).
+template <class RowLayout, class Row, class Extra>
+TOPN_INLINE void softmax_backward(const RowLayout& layout, const Row& p, const Extra& extra, Row& grad) {
+  using V = typename RowLayout::V;
+  V dot{};
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) {
+    grad[i] += extra(i);
+    dot += p[i] * grad[i];
+  }
+  const typename RowLayout::PerToken mean = layout.sum(dot);
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) grad[i] = p[i] * (grad[i] - mean);
+}
+
+// docs/spec.md, step 6: w_k = v_k / max(Σ v, eps) from the gates v_k of the chosen experts; top_n = 1 keeps v_0. Returns the
+// divisor.
+template <class D>
+TOPN_INLINE D weight_divisor(D sum, double eps) {
+  const D least = D{} + eps;
+  return sum < least ? least : sum;
+}
+
+// The gradient of v_k as a function of that of w_k.
+template <class D>
+struct WeightGradient {
+  D offset, divisor;
+  TOPN_INLINE D operator()(D grad_w) const { return (grad_w - offset) / divisor; }
+};
+// Returns it for top_n > 1, where sum = Σ v and dot = Σ grad_w v.
+template <class D>
+TOPN_INLINE WeightGradient<D> weight_gradient(D sum, D dot, double eps) {
+  const D least = D{} + eps;
+  const auto clamped = sum < least;
+  return {clamped ? D{} : dot / sum, clamped ? least : sum};
+}
+
+// The soft top-n of a token by coordinate descent (docs/spec.md, "Soft top-n"; arXiv 1502.04759), on q = exp(p / ε).
 //
-// With A = exp(-a / ε) one iteration, a = ε (log K - logsumexp((p + b) / ε)) and b = -relu(p + a), is
-// A' = Σ min(q, A) / K, since p + b = min(p, -a); the start b = -p makes the first A = e / K. The result is
-// min(q / A, 1).
-template <class R>
+// With A = exp(-a / ε), one iteration, a = ε (log K - logsumexp((p + b) / ε)) and b = -relu(p + a), is A' = Σ min(q, A) / K,
+// since p + b = min(p, -a). The start b = -p makes the first A = e / K. The score is min(q / A, 1) with the last A.
+template <class PerToken>
 struct SoftTopN {
   static constexpr int iterations = 20;
   static constexpr double epsilon = 0.1;
-  double k;
-  R cap[iterations];  // A after each iteration
+  double k;                  // K
+  PerToken cap[iterations];  // A after each iteration
 
-  // Makes q of the gates p, in place.
-  template <class Lanes, class Row>
-  TOPN_INLINE SoftTopN(const Lanes& lanes, int experts, int top_n, Row&& p) {
-    using V = typename Lanes::V;
+  // Turns the gates p into q, in place, and iterates.
+  template <class RowLayout, class Row>
+  TOPN_INLINE SoftTopN(const RowLayout& layout, int experts, int top_n, Row&& p) {
+    using V = typename RowLayout::V;
     k = top_n * 9.0 / 8.0 < experts ? top_n * 9.0 / 8.0 : experts;
-    TOPN_UNROLL_BY(Lanes::unroll)
-    for (int i = 0; i < lanes.count; ++i) p[i] = lanes.real(i) ? exp_value(V(p[i] / epsilon), V{}) : V{};
-    cap[0] = R{} + experts / k;
+    TOPN_UNROLL_BY(RowLayout::unroll)
+    for (int i = 0; i < layout.count; ++i) p[i] = layout.valid(i) ? RowLayout::exp(V(p[i] / epsilon), V{}) : V{};
+    cap[0] = PerToken{} + experts / k;
     for (int t = 1; t < iterations; ++t) {
-      const V least = V{} + cap[t - 1];
+      const V most = V{} + cap[t - 1];
       V total{};
-      TOPN_UNROLL_BY(Lanes::unroll)
-      for (int i = 0; i < lanes.count; ++i) total += p[i] > least ? least : p[i];
-      cap[t] = lanes.sum(total) / k;
+      TOPN_UNROLL_BY(RowLayout::unroll)
+      for (int i = 0; i < layout.count; ++i) total += p[i] > most ? most : p[i];
+      cap[t] = layout.sum(total) / k;
     }
   }
 
-  TOPN_INLINE R score(R q) const { return q > cap[iterations - 1] ? R{} + 1.0 : q / cap[iterations - 1]; }
+  TOPN_INLINE PerToken score(PerToken q) const {
+    return q > cap[iterations - 1] ? PerToken{} + 1.0 : q / cap[iterations - 1];
+  }
 
-  // The gradient of p, where q = exp(p / ε), from the chosen experts expert(j) and the gradients grad(j) of their scores.
-  template <class Lanes, class Row, class Expert, class Grad>
-  TOPN_INLINE void backward(const Lanes& lanes, Row&& q, int top_n, const Expert& expert, const Grad& grad,
+  // Writes the gradient of the gates p to grad_p, where grad(j) is the gradient of the score of the chosen expert(j).
+  template <class RowLayout, class Row, class Expert, class Grad>
+  TOPN_INLINE void backward(const RowLayout& layout, Row&& q, int top_n, const Expert& expert, const Grad& grad,
                             Row&& grad_p) const {
-    using V = typename Lanes::V;
-    TOPN_UNROLL_BY(Lanes::unroll)
-    for (int i = 0; i < lanes.count; ++i) grad_p[i] = V{};
-    R grad_log_cap{};
+    using V = typename RowLayout::V;
+    TOPN_UNROLL_BY(RowLayout::unroll)
+    for (int i = 0; i < layout.count; ++i) grad_p[i] = V{};
+    PerToken grad_log_cap{};
     for (int j = 0; j < top_n; ++j) {
       const auto chosen = expert(j);
-      const R value = lanes.at(q, chosen);
-      const R term = value > cap[iterations - 1] ? R{} : grad(j) * score(value);
-      lanes.add(grad_p, chosen, term);
+      const PerToken value = layout.at(q, chosen);
+      const PerToken term = value > cap[iterations - 1] ? PerToken{} : grad(j) * score(value);
+      layout.add(grad_p, chosen, term);
       grad_log_cap -= term;
     }
     for (int t = iterations - 1; t > 0; --t) {
-      const V least = V{} + cap[t - 1];
-      const R scale = grad_log_cap / (k * cap[t]);
+      const V most = V{} + cap[t - 1];
+      const PerToken scale = grad_log_cap / (k * cap[t]);
       V capped{};
-      TOPN_UNROLL_BY(Lanes::unroll)
-      for (int i = 0; i < lanes.count; ++i) {
-        const auto over = q[i] > least;
+      TOPN_UNROLL_BY(RowLayout::unroll)
+      for (int i = 0; i < layout.count; ++i) {
+        const auto over = q[i] > most;
         grad_p[i] += over ? V{} : q[i] * scale;
         capped += over ? V{} + 1.0 : V{};
       }
-      grad_log_cap = scale * lanes.sum(capped) * cap[t - 1];
+      grad_log_cap = scale * layout.sum(capped) * cap[t - 1];
     }
-    TOPN_UNROLL_BY(Lanes::unroll)
-    for (int i = 0; i < lanes.count; ++i) grad_p[i] /= epsilon;
+    TOPN_UNROLL_BY(RowLayout::unroll)
+    for (int i = 0; i < layout.count; ++i) grad_p[i] /= epsilon;
   }
 };
 
-}  // namespace TOPN_NAMESPACE
+// The losses, docs/spec.md, step 10: sums over valid tokens of a group, then over groups, in double.
+
+// Returns a number of valid tokens to divide by: 1 where there are none.
+TOPN_INLINE double at_least_one(double count) { return count > 1.0 ? count : 1.0; }
+
+// Returns an expert's term of the balance loss from the group's sum of its gates. `share` is 1 / at_least_one(valid tokens).
+TOPN_INLINE double balance_term(double gate_sum, int32_t top_count, double share) {
+  return gate_sum * share * (top_count * share);
+}
+
+// Returns e² times the mean of all terms over groups and experts.
+TOPN_INLINE double balance_loss(double terms, int64_t experts, int64_t groups) {
+  return terms * double(experts) / at_least_one(double(groups));
+}
+
+// Returns the mean over valid tokens of logsumexp².
+TOPN_INLINE double router_z_loss(double squares, double valid_tokens) { return squares / at_least_one(valid_tokens); }
+
+// The gradient that the two sums over tokens, importance and the balance loss, give to each gate of a group's valid tokens.
+struct ImportanceGradient {
+  double balance;  // gradient of the sum of a group's terms of the balance loss
+  double share;    // 1 / at_least_one(valid tokens of the group)
+
+  TOPN_INLINE ImportanceGradient(double grad_balance_loss, int64_t experts, int64_t groups, double valid_tokens)
+      : balance(grad_balance_loss * double(experts) / double(groups)), share(1.0 / at_least_one(valid_tokens)) {}
+  TOPN_INLINE double operator()(double grad_importance, int32_t top_count) const {
+    return (balance * (top_count * share) + grad_importance) * share;
+  }
+};
+
+// Returns the factor of a token's logsumexp in the gradient of its scores that the z-loss gives, before the gates.
+TOPN_INLINE double z_loss_scale(double grad_router_z_loss, double valid_tokens) {
+  return 2.0 * grad_router_z_loss / at_least_one(valid_tokens);
+}
+
+}  // namespace topn_gating

@@ -1,10 +1,10 @@
-// The kernels of one level. Included once by each level_*.cpp.
-#define TOPN_NAMESPACE topn_gating::cpu::TOPN_LEVEL
+// All kernels of one level: see level.h.
+#pragma once
 
-#include "cpu/gate.cpp"
-#include "cpu/gate_backward.cpp"
-#include "cpu/assign.cpp"
-#include "cpu/dense.cpp"
-#include "cpu/dispatch.cpp"
-#include "cpu/combine.cpp"
-#include "cpu/linear.cpp"
+#include "cpu/assign-inl.h"
+#include "cpu/combine-inl.h"
+#include "cpu/dense-inl.h"
+#include "cpu/dispatch-inl.h"
+#include "cpu/gate-inl.h"
+#include "cpu/gate_backward-inl.h"
+#include "cpu/linear-inl.h"

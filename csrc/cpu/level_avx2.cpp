@@ -1,4 +1,6 @@
 // The kernels for x86-64 processors with AVX2 and FMA (x86-64-v3).
+#define TOPN_LEVEL avx2
+#define TOPN_VECTOR_BYTES 32
 #include "cpu/level.h"
 
 #if defined(__x86_64__)
@@ -9,8 +11,6 @@
 #pragma GCC target("avx2,fma,bmi,bmi2")
 #endif
 
-#define TOPN_LEVEL avx2
-#define TOPN_VECTOR_BYTES 32
 #include "cpu/kernels-inl.h"
 
 #if defined(__clang__)

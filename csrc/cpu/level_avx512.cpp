@@ -1,4 +1,6 @@
 // The kernels for x86-64 processors with AVX-512 (x86-64-v4).
+#define TOPN_LEVEL avx512
+#define TOPN_VECTOR_BYTES 64
 #include "cpu/level.h"
 
 #if defined(__x86_64__)
@@ -9,8 +11,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi,bmi2")
 #endif
 
-#define TOPN_LEVEL avx512
-#define TOPN_VECTOR_BYTES 64
 #include "cpu/kernels-inl.h"
 
 #if defined(__clang__)

@@ -1,12 +1,15 @@
-// SIMD vectors of one level by the compiler's vector extension (GCC and Clang, any architecture), and the lanes of row.h
-// over them.
+// SIMD vectors of one level by the compiler's vector extension (GCC and Clang, any architecture), and row.h's layout of rows in
+// them.
 #pragma once
 
 #include "cpu/level.h"
+#include "elementary.h"
 #include "inline.h"
+#include "row.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating::cpu::TOPN_LEVEL {
 
+// Lanes of a vector of T.
 template <class T>
 constexpr int width = TOPN_VECTOR_BYTES / int(sizeof(T));
 
@@ -21,11 +24,6 @@ using Floats = Vector<float>;
 using Doubles = Vector<double>;
 using Ints = Vector<int32_t>;
 using Longs = Vector<int64_t>;
-
-TOPN_INLINE Ints as_int(Floats v) { return (Ints)v; }
-TOPN_INLINE Longs as_int(Doubles v) { return (Longs)v; }
-TOPN_INLINE Floats as_float(Ints v) { return (Floats)v; }
-TOPN_INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // Unaligned loads and stores; a memcpy of a constant size is one instruction.
 template <class V, class T>
@@ -45,30 +43,7 @@ TOPN_INLINE V map_lanes(V v, F f) {
   return v;
 }
 
-}  // namespace TOPN_NAMESPACE
-
-#include "elementary.h"
-
-namespace TOPN_NAMESPACE {
-
-TOPN_INLINE Floats exp_value(Floats d, Floats error) { return exp_float(d, error); }
-TOPN_INLINE Floats log_value(Floats u) { return log_float(u); }
-// float64 input is rare enough that libm, lane by lane, does.
-inline Doubles exp_value(Doubles d, Doubles error) {
-  const Doubles e = map_lanes(d, [](double x) { return std::exp(x); });
-  return error == error ? e + e * error : e;
-}
-inline Doubles log_value(Doubles u) {
-  return map_lanes(u, [](double x) { return std::log(x); });
-}
-
-}  // namespace TOPN_NAMESPACE
-
-#include "row.h"
-
-namespace TOPN_NAMESPACE {
-
-// Σ of a vector's lanes: halves it until one is left.
+// Returns the sum of a vector's lanes: adds its halves until one lane is left.
 template <class V>
 TOPN_INLINE auto sum_lanes(V v) {
   using T = std::remove_reference_t<decltype(v[0])>;
@@ -83,72 +58,108 @@ TOPN_INLINE auto sum_lanes(V v) {
   }
 }
 
-// A vector of R in double, in as many vectors as that takes.
-template <class R>
-struct Wide {
-  static constexpr int parts = int(sizeof(double) / sizeof(R));
-  Doubles part[parts];
+// Returns v where the mask's bits are set, and 0 elsewhere, even where v is NaN.
+template <class V, class Key>
+TOPN_INLINE V masked(Key mask, V v) {
+  return (V)((Key)v & mask);
+}
 
-  static TOPN_INLINE Wide of(Vector<R> v) {
-    Wide wide;
-    for (int i = 0; i < parts; ++i) {
-      Vector<R, width<double>> some;
-      std::memcpy(&some, reinterpret_cast<const char*>(&v) + i * sizeof some, sizeof some);
-      wide.part[i] = __builtin_convertvector(some, Doubles);
+// The lanes of a vector of Scalars, converted to double: one or two vectors.
+template <class Scalar>
+struct InDouble {
+  static constexpr int count = int(sizeof(double) / sizeof(Scalar));
+  Doubles vectors[count];
+
+  static TOPN_INLINE InDouble of(Vector<Scalar> v) {
+    InDouble result;
+    for (int i = 0; i < count; ++i) {
+      Vector<Scalar, width<double>> lanes;
+      std::memcpy(&lanes, reinterpret_cast<const char*>(&v) + i * sizeof lanes, sizeof lanes);
+      result.vectors[i] = __builtin_convertvector(lanes, Doubles);
     }
-    return wide;
+    return result;
   }
-  TOPN_INLINE Vector<R> rounded() const {
-    Vector<R> v;
-    for (int i = 0; i < parts; ++i) {
-      const auto some = __builtin_convertvector(part[i], Vector<R, width<double>>);
-      std::memcpy(reinterpret_cast<char*>(&v) + i * sizeof some, &some, sizeof some);
+  TOPN_INLINE Vector<Scalar> rounded() const {
+    Vector<Scalar> v;
+    for (int i = 0; i < count; ++i) {
+      const auto lanes = __builtin_convertvector(vectors[i], Vector<Scalar, width<double>>);
+      std::memcpy(reinterpret_cast<char*>(&v) + i * sizeof lanes, &lanes, sizeof lanes);
     }
     return v;
   }
+  // Returns the result whose vector i is f(i).
   template <class F>
-  static TOPN_INLINE Wide map(const F& f) {  // part i is f(i)
-    Wide wide;
-    for (int i = 0; i < parts; ++i) wide.part[i] = f(i);
-    return wide;
+  static TOPN_INLINE InDouble map(const F& f) {
+    InDouble result;
+    for (int i = 0; i < count; ++i) result.vectors[i] = f(i);
+    return result;
   }
-  TOPN_INLINE void operator+=(const Wide& other) {
-    for (int i = 0; i < parts; ++i) part[i] += other.part[i];
+  TOPN_INLINE void operator+=(const InDouble& other) {
+    for (int i = 0; i < count; ++i) vectors[i] += other.vectors[i];
   }
   TOPN_INLINE double sum() const {
-    Doubles total = part[0];
-    for (int i = 1; i < parts; ++i) total += part[i];
+    Doubles total = vectors[0];
+    for (int i = 1; i < count; ++i) total += vectors[i];
     return sum_lanes(total);
   }
 };
 
-// The lanes of row.h on the CPU: each lane has a token, and value i of a row is expert i of them all. So nothing is reduced
-// across lanes, and what row.h calls one number of a token is a vector, too.
-template <class Real>
-struct TokenLanes {
-  using V = Vector<Real>;
-  using R = V;
-  using Int = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+// The RowLayout of row.h on the CPU: lane l of every vector belongs to the l-th of several tokens, and element i of a row has the
+// values of expert i.
+template <class ScalarType>
+struct VectorLayout {
+  using Scalar = ScalarType;
+  using V = Vector<Scalar>;
+  using PerToken = V;
+  using Int = std::conditional_t<sizeof(Scalar) == 4, int32_t, int64_t>;
   using Key = Vector<Int>;
-  static constexpr int w = width<Real>;
-  static constexpr int unroll = 1, sums = 8;
+  static constexpr int tokens = width<Scalar>;
+  static constexpr int unroll = 1, accumulators = 8;
 
   int experts;
   int count;
 
-  explicit TokenLanes(int64_t e) : experts(int(e)), count(int(e)) {}
+  explicit VectorLayout(int64_t e) : experts(int(e)), count(int(e)) {}
 
-  TOPN_INLINE bool real(int) const { return true; }
-  TOPN_INLINE R max(V v) const { return v; }
-  TOPN_INLINE R sum(V v) const { return v; }
-  TOPN_INLINE R at(const V* row, Key expert) const {
-    R value;
-    for (int l = 0; l < w; ++l) value[l] = row[expert[l]][l];
+  TOPN_INLINE bool valid(int) const { return true; }
+  TOPN_INLINE V max(V v) const { return v; }
+  TOPN_INLINE V sum(V v) const { return v; }
+  TOPN_INLINE V at(const V* row, Key expert) const {
+    V value;
+    for (int l = 0; l < tokens; ++l) value[l] = row[expert[l]][l];
     return value;
   }
-  TOPN_INLINE void add(V* row, Key expert, R value) const {
-    for (int l = 0; l < w; ++l) row[expert[l]][l] += value[l];
+  TOPN_INLINE void add(V* row, Key expert, V value) const {
+    for (int l = 0; l < tokens; ++l) row[expert[l]][l] += value[l];
+  }
+
+  static TOPN_INLINE Key as_int(V v) { return (Key)v; }
+  static TOPN_INLINE V as_float(Key bits) { return (V)bits; }
+  static TOPN_INLINE V to_float(Key n) { return __builtin_convertvector(n, V); }
+  // float64 logits are rare enough for libm, lane by lane.
+  static TOPN_INLINE V exp(V d, V error) {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      return exp_float<VectorLayout>(d, error);
+    } else {
+      const V e = exp_lanes(d);
+      return error == error ? e + e * error : e;
+    }
+  }
+  static TOPN_INLINE V log(V u) {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      return log_float<VectorLayout>(u);
+    } else {
+      return log_lanes(u);
+    }
+  }
+
+ private:
+  static V exp_lanes(V d) {
+    return map_lanes(d, [](double x) { return std::exp(x); });
+  }
+  static V log_lanes(V u) {
+    return map_lanes(u, [](double x) { return std::log(x); });
   }
 };
 
-}  // namespace TOPN_NAMESPACE
+}  // namespace topn_gating::cpu::TOPN_LEVEL

@@ -1,19 +1,19 @@
-// Large outputs: stores that pass the caches by, since what is written so is not read first, and huge pages.
+// Writes of large outputs: non-temporal stores, which bypass the caches, and huge pages.
 #pragma once
 
 #include "cpu/simd.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating::cpu::TOPN_LEVEL {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Outputs from here on pass the caches by; smaller ones stay in them for whoever reads them next.
-constexpr int64_t kStreamBytes = int64_t(4) << 20;
+// Outputs of at least so many bytes are written with non-temporal stores; smaller ones stay in the caches for the next kernel.
+constexpr int64_t kNontemporalBytes = int64_t(4) << 20;
 
-// Writes of one output. `stream`: past the caches; addresses are then multiples of the vector's size.
+// Stores a vector at a multiple of its size.
 #if defined(__SSE2__)
 template <class V>
-TOPN_INLINE void store_past_caches(void* p, V v) {
+TOPN_INLINE void store_nontemporal(void* p, V v) {
   if constexpr (sizeof v < sizeof(__m128i)) {
     std::memcpy(p, &v, sizeof v);
   } else {
@@ -22,35 +22,35 @@ TOPN_INLINE void store_past_caches(void* p, V v) {
     for (size_t i = 0; i < sizeof v / sizeof(__m128i); ++i) _mm_stream_si128(static_cast<__m128i*>(p) + i, part[i]);
   }
 }
-// What was written so is there for other threads.
-inline void end_stores_past_caches() { _mm_sfence(); }
+// Makes this thread's non-temporal stores visible to other threads before its later stores.
+inline void fence_nontemporal_stores() { _mm_sfence(); }
 #else
 template <class V>
-TOPN_INLINE void store_past_caches(void* p, V v) {
+TOPN_INLINE void store_nontemporal(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
-inline void end_stores_past_caches() {}
+inline void fence_nontemporal_stores() {}
 #endif
 
-// Zeros to [begin, end), both multiples of a line.
-inline void clear_lines(char* begin, char* end, bool stream) {
-  if (!stream) {
+// Writes zeros to [begin, end), both multiples of a cache line.
+inline void clear_lines(char* begin, char* end, bool nontemporal) {
+  if (!nontemporal) {
     std::memset(begin, 0, end - begin);
     return;
   }
-  for (char* p = begin; p < end; p += sizeof(Ints)) store_past_caches(p, Ints{});
+  for (char* p = begin; p < end; p += sizeof(Ints)) store_nontemporal(p, Ints{});
 }
 
-// Copies lines to [to, to + bytes).
-inline void copy_lines(char* to, const char* from, int64_t bytes, bool stream) {
-  if (!stream) {
+// Copies whole cache lines to [to, to + bytes).
+inline void copy_lines(char* to, const char* from, int64_t bytes, bool nontemporal) {
+  if (!nontemporal) {
     std::memcpy(to, from, bytes);
     return;
   }
-  for (int64_t i = 0; i < bytes; i += sizeof(Ints)) store_past_caches(to + i, load<Ints>(from + i));
+  for (int64_t i = 0; i < bytes; i += sizeof(Ints)) store_nontemporal(to + i, load<Ints>(from + i));
 }
 
-// Asks for huge pages: where an output is fresh memory, a page fault costs more than the page's zeros.
+// Asks the kernel for huge pages: in freshly allocated memory a page fault costs more than writing the page.
 inline void advise_huge_pages(void* begin, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t(1) << 21;
@@ -60,4 +60,4 @@ inline void advise_huge_pages(void* begin, int64_t bytes) {
 #endif
 }
 
-}  // namespace TOPN_NAMESPACE
+}  // namespace topn_gating::cpu::TOPN_LEVEL

@@ -1,64 +1,61 @@
-// The tokens that `gate` and its gradient work on at a time: as many as a vector has lanes.
+// The tokens that `gate` and its gradient process at once, one in each lane of a vector.
 #pragma once
 
-#include "cpu/columns.h"
 #include "cpu/scratch.h"
-#include "cpu/workspace.h"
+#include "cpu/transpose.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating::cpu::TOPN_LEVEL {
 
-// Tokens are counted over all groups.
 struct GateTile {
-  int64_t group, first, last;
+  int64_t group;
+  int64_t first, last;  // range of tokens, indices over all groups
 
-  template <class Args>
-  GateTile(const Args& a, int64_t tile) {
-    const int64_t of_group = gate_tiles(a.tokens), start = tile % of_group * kGateTile;
-    group = tile / of_group;
+  GateTile(const GateInputs& a, int64_t tile) {
+    const int64_t tiles = gate_tiles(a.tokens), start = tile % tiles * kGateTile;
+    group = tile / tiles;
     first = group * a.tokens + start;
     last = group * a.tokens + std::min(a.tokens, start + kGateTile);
   }
 };
 
-// What a tile takes a core, in nanoseconds: see `parallel`.
-template <class Args>
-double gate_tile_cost(const Args& a) {
-  return double(kGateTile * a.experts) * (a.soft ? 50 : 2.5);
-}
+// Returns the cost of a tile for `parallel`.
+inline double gate_tile_cost(const GateInputs& a) { return double(kGateTile * a.experts) * (a.soft ? 50 : 2.5); }
 
-// The scores of a few tokens, expert by expert. Lanes past `count` hold copies of the last token: they are computed with the
-// others and left unwritten.
-template <class R, class T, class Args>
+// The scores of a few tokens, of element type T, computed in Scalar. Lanes from `count` on hold copies of the last token: they
+// are computed like the others, and not written.
+template <class Scalar, class T>
 struct Tokens {
-  using V = Vector<R>;
-  using Lanes = TokenLanes<R>;
-  using Key = typename Lanes::Key;
-  using Real = RealOf<T>;
+  using V = Vector<Scalar>;
+  using RowLayout = VectorLayout<Scalar>;
+  using Key = typename RowLayout::Key;
 
-  const Args& a;
-  Lanes lanes;
-  Scratch<V> s, z;  // scores; logits, where noise makes them others
-  int64_t first = 0;
+  const GateInputs& a;
+  RowLayout layout;
+  Scratch<V> scores;  // (e)
+  Scratch<V> logits;  // (e) where noise makes them differ from the scores
+  int64_t first = 0;  // index over all groups of the token in lane 0
   int count = 0;
 
-  explicit Tokens(const Args& args)
-      : a(args), lanes(a.experts), s(a.experts + Lanes::w), z(a.noise == nullptr ? 0 : a.experts + Lanes::w) {}
+  explicit Tokens(const GateInputs& inputs)
+      : a(inputs), layout(a.experts), scores(a.experts + RowLayout::tokens),
+        logits(a.noise == nullptr ? 0 : a.experts + RowLayout::tokens) {}
 
-  void take(int64_t token, int64_t last) {
+  // Moves on to the tokens from `token` on, before `last`.
+  void move_to(int64_t token, int64_t last) {
     first = token;
-    count = int(std::min<int64_t>(Lanes::w, last - token));
+    count = int(std::min<int64_t>(RowLayout::tokens, last - token));
   }
 
-  // SPEC step 3.
+  // docs/spec.md, step 3.
   void read_scores() {
-    load<T>(a.logits, a.noise == nullptr ? s : z);
+    read<T>(a.logits, a.noise == nullptr ? scores : logits);
     if (a.noise == nullptr) return;
-    load<Real>(a.noise, s);
-    for (int i = 0; i < lanes.count; ++i) s[i] = z[i] + R(a.noise_mult) * gumbel<R>(s[i]);
+    read<ComputeType<T>>(a.noise, scores);
+    for (int i = 0; i < layout.count; ++i) scores[i] = logits[i] + Scalar(a.noise_mult) * gumbel<RowLayout>(scores[i]);
   }
 
-  // Lanes that have a real token: all bits set.
-  Key real() const {
+  // Returns a mask of the lanes that have a valid token: all bits set.
+  Key valid() const {
     Key mask{};
     for (int l = 0; l < count; ++l) mask[l] = a.token_mask == nullptr || a.token_mask[first + l] ? -1 : 0;
     return mask;
@@ -66,23 +63,19 @@ struct Tokens {
 
  private:
   template <class Element>
-  void load(const void* tensor, V* columns) {
+  void read(const void* tensor, V* columns) {
     const Element* elements = static_cast<const Element*>(tensor);
-    load_columns<R>(elements + first * a.experts, count, lanes.experts, elements + a.groups * a.tokens * a.experts, columns);
+    const Element* end = elements + a.groups * a.tokens * a.experts;
+    load_columns<Scalar>(elements + first * a.experts, count, layout.experts, end, columns);
   }
 };
 
-// v where the mask's bits are set, else 0, whatever v is.
-template <class V, class Key>
-TOPN_INLINE V masked(Key mask, V v) {
-  return (V)((Key)v & mask);
+// Returns the logsumexps in double; NaN where a token has a NaN.
+template <class Scalar>
+TOPN_INLINE InDouble<Scalar> value_of(const LogSumExp<Vector<Scalar>>& lse) {
+  const auto max = InDouble<Scalar>::of(lse.max);
+  const auto log = InDouble<Scalar>::of(lse.sum == lse.sum ? VectorLayout<Scalar>::log(lse.sum) : lse.sum);
+  return InDouble<Scalar>::map([&](int i) { return max.vectors[i] + log.vectors[i]; });
 }
 
-// The logsumexps; NaN is the sum of a token with NaN.
-template <class R>
-TOPN_INLINE Wide<R> value_of(const LogSumExp<Vector<R>>& lse) {
-  const auto max = Wide<R>::of(lse.max), log = Wide<R>::of(lse.sum == lse.sum ? log_value(lse.sum) : lse.sum);
-  return Wide<R>::map([&](int i) { return max.part[i] + log.part[i]; });
-}
-
-}  // namespace TOPN_NAMESPACE
+}  // namespace topn_gating::cpu::TOPN_LEVEL

@@ -1,25 +1,25 @@
-// SPEC step 5 where each lane has a token.
+// docs/spec.md, step 5, for several tokens at once, one in each lane.
 #pragma once
 
 #include "cpu/simd.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating::cpu::TOPN_LEVEL {
 
-// The experts of the highest scores, best first, ties to the lower index: each score in turn goes into a sorted list. Ranks:
-// the length of the list where it shall lie in registers, 0: top_n, in memory.
-template <int Ranks, class Lanes>
-TOPN_INLINE void insert_scores(const Lanes& lanes, const typename Lanes::V* s, int top_n, typename Lanes::Key* keys,
-                               typename Lanes::Key* experts) {
-  using Key = typename Lanes::Key;
-  using Int = typename Lanes::Int;
+// Finds the experts of the highest scores, best first, ties to the lower index: inserts each score in turn into a sorted list of
+// top_n entries. `Ranks` is the length of the list where it is known to the compiler, which then keeps it in registers, or 0.
+template <int Ranks, class RowLayout>
+TOPN_INLINE void insert_scores(const RowLayout& layout, const typename RowLayout::V* s, int top_n,
+                               typename RowLayout::Key* keys, typename RowLayout::Key* experts) {
+  using Key = typename RowLayout::Key;
+  using Int = typename RowLayout::Int;
   const int ranks = Ranks > 0 ? Ranks : top_n;
 #pragma GCC unroll 8
   for (int r = 0; r < ranks; ++r) {
     keys[r] = Key{} + std::numeric_limits<Int>::min();
     experts[r] = Key{};
   }
-  for (int i = 0; i < lanes.count; ++i) {
-    const Key key = score_key<Lanes>(s[i]), expert = Key{} + Int(i);
+  for (int i = 0; i < layout.count; ++i) {
+    const Key key = score_key<RowLayout>(s[i]), expert = Key{} + Int(i);
     Key higher = key > keys[ranks - 1];
 #pragma GCC unroll 8
     for (int r = ranks - 1; r > 0; --r) {
@@ -34,23 +34,24 @@ TOPN_INLINE void insert_scores(const Lanes& lanes, const typename Lanes::V* s, i
   }
 }
 
-template <int Ranks, class Lanes>
-TOPN_INLINE void insert_in_registers(const Lanes& lanes, const typename Lanes::V* s, int top_n,
-                                     typename Lanes::Key* experts) {
-  typename Lanes::Key keys[Ranks], found[Ranks];
-  insert_scores<Ranks>(lanes, s, Ranks, keys, found);
+template <int Ranks, class RowLayout>
+TOPN_INLINE void insert_in_registers(const RowLayout& layout, const typename RowLayout::V* s, int top_n,
+                                     typename RowLayout::Key* experts) {
+  typename RowLayout::Key keys[Ranks], found[Ranks];
+  insert_scores<Ranks>(layout, s, Ranks, keys, found);
   for (int r = 0; r < top_n; ++r) experts[r] = found[r];
 }
 
-// `experts` and the scratch `keys` have top_n elements.
-template <class Lanes>
-void stable_topn(const Lanes& lanes, const typename Lanes::V* s, int top_n, typename Lanes::Key* keys,
-                 typename Lanes::Key* experts) {
-  if (top_n == 1) return insert_in_registers<1>(lanes, s, top_n, experts);
-  if (top_n == 2) return insert_in_registers<2>(lanes, s, top_n, experts);
-  if (top_n <= 4) return insert_in_registers<4>(lanes, s, top_n, experts);
-  if (top_n <= 8) return insert_in_registers<8>(lanes, s, top_n, experts);
-  insert_scores<0>(lanes, s, top_n, keys, experts);
+// Writes the experts of the top_n highest scores, best first, ties to the lower index. `keys` is scratch memory of top_n
+// elements.
+template <class RowLayout>
+void stable_topn(const RowLayout& layout, const typename RowLayout::V* s, int top_n, typename RowLayout::Key* keys,
+                 typename RowLayout::Key* experts) {
+  if (top_n == 1) return insert_in_registers<1>(layout, s, top_n, experts);
+  if (top_n == 2) return insert_in_registers<2>(layout, s, top_n, experts);
+  if (top_n <= 4) return insert_in_registers<4>(layout, s, top_n, experts);
+  if (top_n <= 8) return insert_in_registers<8>(layout, s, top_n, experts);
+  insert_scores<0>(layout, s, top_n, keys, experts);
 }
 
-}  // namespace TOPN_NAMESPACE
+}  // namespace topn_gating::cpu::TOPN_LEVEL

@@ -4,9 +4,7 @@
 
 namespace topn_gating::cpu {
 
-int64_t workspace_bytes(const Gate& a) {
-  return gate_tile_bytes(a.groups, a.tokens, a.experts) + a.groups * int64_t(sizeof(GroupSums));
-}
+int64_t workspace_bytes(const Gate& a) { return gate_tile_bytes(a) + a.groups * int64_t(sizeof(GroupSums)); }
 
 int64_t workspace_bytes(const Assign& a) {
   const int64_t tiles = assign_tiles(a.tokens, a.experts);
@@ -14,8 +12,9 @@ int64_t workspace_bytes(const Assign& a) {
 }
 
 int64_t workspace_bytes(const LinearBackward& a) {
-  const LinearCut cut(a);
-  return a.grad_weight == nullptr ? 0 : cut.chunks * a.experts * cut.columns * (a.dtype == DType::F64 ? 8 : 4);
+  const LinearPlan plan(a);
+  const int64_t bytes = a.dtype == DType::F64 ? sizeof(double) : sizeof(float);
+  return a.grad_weight == nullptr ? 0 : plan.chunks * a.experts * plan.columns * bytes;
 }
 
 }  // namespace topn_gating::cpu

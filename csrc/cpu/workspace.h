@@ -1,6 +1,6 @@
-// How the kernels cut their work into tiles, and what memory that takes.
+// How the CPU kernels divide their work into tiles, and how much memory the tiles' results take.
 //
-// Tile sizes do not depend on the number of threads, so sums over tiles come out the same for any.
+// Tile sizes do not depend on the number of threads, so sums over tiles have the same bits for any number.
 #pragma once
 
 #include <algorithm>
@@ -9,49 +9,51 @@
 
 namespace topn_gating::cpu {
 
-constexpr int64_t kGateTile = 128;  // tokens
+// Returns the smallest integer that is not below count / size.
+constexpr int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
+// Returns the smallest multiple of `step` that is not below count.
+constexpr int64_t round_up(int64_t count, int64_t step) { return ceil_div(count, step) * step; }
 
-inline int64_t gate_tiles(int64_t tokens) { return (tokens + kGateTile - 1) / kGateTile; }
+constexpr int64_t kGateTile = 128;  // tokens of a tile of `gate`
 
-// What a group gives to the two losses.
+// Returns the number of tiles of a group.
+inline int64_t gate_tiles(int64_t tokens) { return ceil_div(tokens, kGateTile); }
+
+// A group's sums for the losses.
 struct GroupSums {
-  double balance, z_loss, tokens;  // tokens: the real ones
+  double balance;       // sum of balance_term over experts
+  double z_loss;        // sum of logsumexp² over valid tokens
+  double valid_tokens;  // number of valid tokens
 };
 
-// Bytes of the sums of gate's tiles; those of its groups lie behind them.
-inline int64_t gate_tile_bytes(int64_t groups, int64_t tokens, int64_t experts) {
-  const int64_t tiles = groups * gate_tiles(tokens);
-  return (tiles * (experts + 1) + (tiles * experts + 1) / 2) * int64_t(sizeof(double));
+// Returns the bytes of the sums of all tiles of `gate`. The GroupSums follow them in the workspace.
+inline int64_t gate_tile_bytes(const GateInputs& a) {
+  const int64_t tiles = a.groups * gate_tiles(a.tokens);
+  return (tiles * (a.experts + 1) + (tiles * a.experts + 1) / 2) * int64_t(sizeof(double));
 }
 
-inline GroupSums* gate_group_sums(void* workspace, int64_t groups, int64_t tokens, int64_t experts) {
-  return reinterpret_cast<GroupSums*>(static_cast<char*>(workspace) + gate_tile_bytes(groups, tokens, experts));
-}
-
-// Tokens of assign's tiles: a tile's counters, k·e of them, must not outgrow its pairs.
+// Returns the number of tokens of a tile of `assign`: enough that a tile's k·e counters do not outnumber its pairs.
 inline int64_t assign_tile(int64_t experts) { return experts > 512 ? experts : 512; }
+// Returns the number of tiles of a group.
+inline int64_t assign_tiles(int64_t tokens, int64_t experts) { return ceil_div(tokens, assign_tile(experts)); }
 
-inline int64_t assign_tiles(int64_t tokens, int64_t experts) {
-  return (tokens + assign_tile(experts) - 1) / assign_tile(experts);
-}
+constexpr int64_t kLinearBlock = 512;  // upper limit of the features of a block of `linear`
 
-constexpr int64_t kLinearBlock = 512;  // features, at most
+// How the gradients of `linear` are divided: into blocks of features, so that a block of the weight and its gradient fit a core's
+// second-level cache, and into chunks of tokens, each with a sum of its own for the weight's gradient.
+struct LinearPlan {
+  int64_t block, blocks;  // features of a block, number of blocks
+  int64_t chunk, chunks;  // tokens of a chunk, number of chunks
+  int64_t columns;        // features, rounded up to a multiple of every panel width
 
-// How the gradients of `linear` are cut: blocks of features, so that a block of the weight and of its gradient fit a core's
-// second cache, and chunks of tokens, each with a sum of its own for the weight's gradient.
-struct LinearCut {
-  int64_t block, blocks;  // features of a block
-  int64_t chunk, chunks;  // tokens of a chunk
-  int64_t columns;        // of all blocks, in whole panels of any width
-
-  explicit LinearCut(const LinearBackward& a) {
-    constexpr int64_t least = 32, weights = 1 << 15, shortest = 512, items = 32;
-    block = std::min(kLinearBlock, std::max(least, weights / a.experts / least * least));
-    blocks = std::max<int64_t>(1, (a.dim + block - 1) / block);
-    columns = (a.dim + least - 1) / least * least;
-    const int64_t wanted = std::max<int64_t>(1, std::min(items / blocks, a.tokens / shortest));
-    chunk = std::max<int64_t>(1, (a.tokens + wanted - 1) / wanted);
-    chunks = (a.tokens + chunk - 1) / chunk;
+  explicit LinearPlan(const LinearSizes& a) {
+    constexpr int64_t widest_panel = 32, weights_of_block = 1 << 15, shortest_chunk = 512, most_items = 32;
+    block = std::min(kLinearBlock, std::max(widest_panel, weights_of_block / a.experts / widest_panel * widest_panel));
+    blocks = std::max<int64_t>(1, ceil_div(a.dim, block));
+    columns = round_up(a.dim, widest_panel);
+    const int64_t wanted = std::max<int64_t>(1, std::min(most_items / blocks, a.tokens / shortest_chunk));
+    chunk = std::max<int64_t>(1, ceil_div(a.tokens, wanted));
+    chunks = ceil_div(a.tokens, chunk);
   }
 };
 

@@ -1,8 +1,10 @@
-// SPEC steps 7 and 8 on a GPU.
+// docs/spec.md, steps 7 and 8, on a GPU.
 //
-// The pairs of a group are one sequence, cut into runs, a warp each. A bin is a rank and an expert. Counting the routed pairs
-// of each run and bin, and adding the counts up over runs, tiles (the runs of a block) and lower ranks, gives every run its
-// first slots; it then hands them out alone, in order. Integers only: any schedule gives the same bits.
+// The pairs of a group are a sequence that is divided into tiles, one for each block, and these into runs, one for each warp. A
+// bin is a rank and an expert. Each run counts its routed pairs by bin; sums of the counts over lower ranks, earlier tiles and
+// earlier runs are the run's first slots, from which it gives its pairs their slots in order. All of this is in integers, so
+// every schedule gives the same bits.
+#include "assignment.h"
 #include "cuda/kernels.h"
 #include "cuda/pairs.cuh"
 
@@ -11,31 +13,32 @@ namespace {
 
 constexpr int64_t kNoBin = -1;
 
-template <class Real>
+template <class T>
 __device__ __forceinline__ bool is_routed(const Assign& a, int64_t at, int rank) {
   if (rank == 0) return true;
+  const T *weight = static_cast<const T*>(a.weight), *threshold = static_cast<const T*>(a.threshold);
   switch (a.policy) {
     case Policy::Random: {
-      const Real w = static_cast<const Real*>(a.weight)[at];
-      const Real least = static_cast<const Real*>(a.threshold)[rank];
-      return static_cast<const Real*>(a.draws)[at] < w / (least > Real(a.eps) ? least : Real(a.eps));
+      const T draw = static_cast<const T*>(a.draws)[at];
+      return is_below_probability(draw, weight[at], threshold[rank], T(a.eps));
     }
-    case Policy::Threshold:
-      return static_cast<const Real*>(a.weight)[at] > static_cast<const Real*>(a.threshold)[rank];
+    case Policy::Threshold: return is_above_threshold(weight[at], threshold[rank]);
     case Policy::All: return true;
     case Policy::None: return false;
   }
   return false;
 }
 
-// A block's part in its group.
-template <class Real>
+// A block's tile of its group.
+template <class T>
 struct Block {
   const AssignTask& task;
   const Assign& a;
   const int64_t group;
   const unsigned tile;
-  int32_t *counters, *first, *demand;  // (warps, bins), (bins), (e)
+  int32_t* counters;  // (warps, bins) routed pairs of each run; later the number of those before the pairs that follow
+  int32_t* first;     // (bins) the tile's first slot
+  int32_t* demand;    // (e) routed pairs of the group
 
   __device__ Block(const AssignTask& t, int32_t* memory)
       : task(t), a(t.assign), group(blockIdx.x / t.tiles), tile(blockIdx.x % t.tiles), counters(memory),
@@ -43,23 +46,24 @@ struct Block {
 
   __device__ int32_t* own_counters() const { return counters + warp_id() * task.bins; }
   __device__ uint32_t* routed() const { return task.routed + group * task.words(); }
-  __device__ int32_t* counts(unsigned of_tile) const { return task.counts + (group * task.tiles + of_tile) * task.bins; }
+  __device__ int32_t* counts(unsigned t) const { return task.counts + (group * task.tiles + t) * task.bins; }
   __device__ int32_t* totals() const { return task.totals + group * task.bins; }
 
   __device__ void clear() const {
     for (int64_t i = threadIdx.x; i < task.warps * task.bins; i += blockDim.x) counters[i] = 0;
   }
 
-  // The pair's bin, or none where it is not routed.
+  // Returns the pair's bin, or kNoBin where it is not routed.
   __device__ __forceinline__ int64_t routed_bin(const Pair& pair) const {
-    if (!pair.inside) return kNoBin;
-    const int64_t at = group * task.pairs + pair.of_group;
+    if (!pair.in_run) return kNoBin;
+    const int64_t at = group * task.pairs + pair.index;
     const int64_t expert = a.expert[at];
     if (expert < 0 || expert >= a.experts) return kNoBin;
     if (a.token_mask != nullptr && !a.token_mask[group * a.tokens + pair.token]) return kNoBin;
-    return is_routed<Real>(a, at, pair.rank) ? pair.rank * a.experts + expert : kNoBin;
+    return is_routed<T>(a, at, pair.rank) ? pair.rank * a.experts + expert : kNoBin;
   }
 
+  // Counts the routed pairs of this warp's run by bin, and notes which pairs are routed.
   __device__ void count() const {
     int32_t* const own = own_counters();
     for (Run run(task, tile); run.more();) {
@@ -67,19 +71,19 @@ struct Block {
       int64_t bin[kStepsAtOnce];
       TOPN_UNROLL
       for (int u = 0; u < kStepsAtOnce; ++u) {
-        pair[u] = run.take();
+        pair[u] = run.next();
         bin[u] = routed_bin(pair[u]);
       }
       TOPN_UNROLL
       for (int u = 0; u < kStepsAtOnce; ++u) {
         const unsigned word = ballot(bin[u] != kNoBin);
-        if (lane_id() == 0 && pair[u].inside) routed()[pair[u].word()] = word;
+        if (lane_id() == 0 && pair[u].in_run) routed()[pair[u].word()] = word;
         if (bin[u] != kNoBin) atomicAdd(&own[bin[u]], 1);
       }
     }
   }
 
-  // Each warp's count becomes the count of the warps before; the sum goes to `sums`.
+  // Replaces each warp's counts by the sum of those of earlier warps, and writes the sum of all to `sums`.
   __device__ void scan_warps(int32_t* sums) const {
     for (int64_t bin = threadIdx.x; bin < task.bins; bin += blockDim.x) {
       int32_t sum = 0;
@@ -92,28 +96,28 @@ struct Block {
     }
   }
 
-  // The same over the group's tiles, the bins shared out among all warps of all tiles.
+  // Does the same over the group's tiles. The bins are divided among all warps of all tiles.
   __device__ void scan_tiles() const {
     for (int64_t bin = tile * task.warps + warp_id(); bin < task.bins; bin += task.tiles * task.warps) {
       int32_t before = 0;
       for (unsigned start = 0; start < task.tiles; start += kWarp) {
-        const unsigned of = start + lane_id();
-        const int32_t own = of < task.tiles ? counts(of)[bin] : 0;
+        const unsigned t = start + lane_id();
+        const int32_t own = t < task.tiles ? counts(t)[bin] : 0;
         int32_t sum = own;
         for (unsigned by = 1; by < kWarp; by *= 2) {
           const int32_t lower = shuffle_up(sum, int(by));
           if (lane_id() >= by) sum += lower;
         }
-        if (of < task.tiles) counts(of)[bin] = before + sum - own;
+        if (t < task.tiles) counts(t)[bin] = before + sum - own;
         before += shuffle(sum, kWarp - 1);
       }
       if (lane_id() == 0) totals()[bin] = before;
     }
   }
 
-  // The first slot of each bin in this tile: past the slots that lower ranks and earlier tiles have taken.
+  // Computes the tile's first slot of each bin, which follows the slots of lower ranks and of earlier tiles, and the demand.
   __device__ void scan_ranks() const {
-    const bool one = task.tiles == 1;  // `first` then holds the totals
+    const bool one = task.tiles == 1;  // in that case `first` holds the totals
     for (int64_t e = threadIdx.x; e < a.experts; e += blockDim.x) {
       int32_t lower = 0;
       for (int64_t bin = e; bin < task.bins; bin += a.experts) {
@@ -133,50 +137,51 @@ struct Block {
     }
   }
 
-  __device__ void hand_out() const {
+  // Gives the pairs of this warp's run their slots.
+  __device__ void give_slots() const {
     int32_t* const own = own_counters();
     for (Run run(task, tile); run.more();) {
       Pair pair[kStepsAtOnce];
       int64_t bin[kStepsAtOnce];
-      Real weight[kStepsAtOnce];
+      T weight[kStepsAtOnce];
       TOPN_UNROLL
       for (int u = 0; u < kStepsAtOnce; ++u) {
-        pair[u] = run.take();
-        const int64_t at = group * task.pairs + pair[u].of_group;
-        const bool is = pair[u].inside && (routed()[pair[u].word()] >> lane_id() & 1);
-        bin[u] = is ? pair[u].rank * a.experts + a.expert[at] : kNoBin;
-        weight[u] = is ? static_cast<const Real*>(a.weight)[at] : Real(0);
+        pair[u] = run.next();
+        const int64_t at = group * task.pairs + pair[u].index;
+        const bool routed_pair = pair[u].in_run && (routed()[pair[u].word()] >> lane_id() & 1);
+        bin[u] = routed_pair ? pair[u].rank * a.experts + a.expert[at] : kNoBin;
+        weight[u] = routed_pair ? static_cast<const T*>(a.weight)[at] : T(0);
       }
       TOPN_UNROLL
       for (int u = 0; u < kStepsAtOnce; ++u) {
         const unsigned peers = match(unsigned(bin[u]));
         const int before = __popc(peers & lanes_below());
-        const bool is = bin[u] != kNoBin;
-        const int32_t slot = is ? first[bin[u]] + own[bin[u]] + before : kBelowThreshold;
+        const bool routed_pair = bin[u] != kNoBin;
+        const int32_t slot = routed_pair ? first[bin[u]] + own[bin[u]] + before : kBelowThreshold;
         __syncwarp();
-        if (is && before == 0) own[bin[u]] += __popc(peers);
+        if (routed_pair && before == 0) own[bin[u]] += __popc(peers);
         __syncwarp();
-        if (pair[u].inside) write(pair[u], bin[u], slot, weight[u]);
+        if (pair[u].in_run) write(pair[u], bin[u], slot, weight[u]);
       }
     }
   }
 
-  __device__ __forceinline__ void write(const Pair& pair, int64_t bin, int32_t slot, Real weight) const {
-    const int64_t at = group * task.pairs + pair.of_group;
-    const bool kept = bin != kNoBin && slot < a.capacity;
-    if (kept) {
+  __device__ __forceinline__ void write(const Pair& pair, int64_t bin, int32_t slot, T weight) const {
+    const int64_t at = group * task.pairs + pair.index;
+    const bool held = bin != kNoBin && slot < a.capacity;
+    if (held) {
       const int64_t expert = bin - pair.rank * a.experts;
-      a.source[(group * a.experts + expert) * a.capacity + slot] = int32_t(pair.of_group);
+      a.source[(group * a.experts + expert) * a.capacity + slot] = int32_t(pair.index);
     }
-    a.slot[at] = bin == kNoBin || kept ? slot : kOverCapacity;
-    static_cast<Real*>(a.kept)[at] = kept ? weight : Real(0);
+    a.slot[at] = bin == kNoBin || held ? slot : kOverCapacity;
+    static_cast<T*>(a.kept)[at] = held ? weight : T(0);
   }
 };
 
-template <class Real>
+template <class T>
 __global__ void assign_pairs(AssignTask task) {
   SIMT_DYN_SMEM(int32_t, shared);
-  const Block<Real> block(task, task.shared ? shared : task.block_memory + blockIdx.x * task.block_ints);
+  const Block<T> block(task, task.shared ? shared : task.block_memory + blockIdx.x * task.block_ints);
   block.clear();
   __syncthreads();
   block.count();
@@ -192,14 +197,14 @@ __global__ void assign_pairs(AssignTask task) {
   block.scan_ranks();
   __syncthreads();
   block.empty_free_slots();
-  block.hand_out();
+  block.give_slots();
 }
 
-template <class Real>
+template <class T>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) assign_backward_pairs(AssignBackward a) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < a.pairs; i += step) {
-    static_cast<Real*>(a.grad_weight)[i] = a.slot[i] >= 0 ? static_cast<const Real*>(a.grad_kept)[i] : Real(0);
+    static_cast<T*>(a.grad_weight)[i] = a.slot[i] >= 0 ? static_cast<const T*>(a.grad_kept)[i] : T(0);
   }
 }
 
@@ -212,7 +217,7 @@ cudaError_t run(const Assign& a, cudaStream_t stream) {
   const int64_t blocks = a.groups * task.tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  if (task.bins >= std::numeric_limits<uint32_t>::max()) return cudaErrorInvalidValue;  // lanes are matched by 32 bits
+  if (task.bins >= std::numeric_limits<uint32_t>::max()) return cudaErrorInvalidValue;  // `match` compares 32 bits
   const auto kernel = a.is_double ? assign_pairs<double> : assign_pairs<float>;
   const size_t shared = task.shared ? task.block_ints * sizeof(int32_t) : 0;
   const unsigned grid = unsigned(blocks), block = task.warps * kWarp;
@@ -223,7 +228,7 @@ cudaError_t run(const Assign& a, cudaStream_t stream) {
 cudaError_t run(const AssignBackward& a, cudaStream_t stream) {
   if (a.pairs == 0) return cudaSuccess;
   const auto kernel = a.is_double ? assign_backward_pairs<double> : assign_backward_pairs<float>;
-  return SIMT_LAUNCH(kernel, grid_of(parts<int64_t>(a.pairs, SIMT_BLOCK_THREADS)), SIMT_BLOCK_THREADS, 0, stream, a);
+  return SIMT_LAUNCH(kernel, grid_of(ceil_div<int64_t>(a.pairs, SIMT_BLOCK_THREADS)), SIMT_BLOCK_THREADS, 0, stream, a);
 }
 
 }  // namespace topn_gating::cuda

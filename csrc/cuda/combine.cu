@@ -1,4 +1,4 @@
-// Expert buffers back to token rows on a GPU: forward a warp a token, backward a warp a slot.
+// `combine` on a GPU: a warp for each token, and in the gradient a warp for each slot.
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
 
@@ -7,12 +7,12 @@ namespace {
 
 struct CombineBackwardTask {
   CombineBackward combine;
-  RowPlan plan;  // rows: slots
+  RowPlan plan;  // of the slots
 };
 
-// The pairs that hold no slot have no warp of their own.
-template <class Real>
-__device__ __forceinline__ void clear_free_pairs(const Assignment& s, Real* grad_weight) {
+// Writes the gradients of the pairs that hold no slot, which no warp of a slot writes.
+template <class Weight>
+__device__ __forceinline__ void clear_free_pairs(const Assignment& s, Weight* grad_weight) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x, pairs = s.groups * s.tokens * s.top_n;
   for (int64_t pair = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; pair < pairs; pair += step) {
     if (held_slot(s, pair) < 0) grad_weight[pair] = 0;
@@ -21,7 +21,7 @@ __device__ __forceinline__ void clear_free_pairs(const Assignment& s, Real* grad
 
 template <class T, int Count>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) combine_backward_slots(CombineBackwardTask task) {
-  using R = RealOf<T>;
+  using R = ComputeType<T>;
   const CombineBackward& a = task.combine;
   R* const grad_weight = static_cast<R*>(a.grad_weight);
   clear_free_pairs(a.assignment, grad_weight);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) combine_backward_slots(
           products += dot(y, grad);
           for_elements<Count>([&](int u, int j) {
             T& element = grad.packs[u].v[j];
-            element = from_real<T>(scale * to_real(element));
+            element = from_compute<T>(scale * to_compute(element));
           });
         }
         grad.store(static_cast<T*>(a.grad_y) + slot * a.dim, at, a.dim);
@@ -70,8 +70,8 @@ cudaError_t run(const CombineBackward& a, cudaStream_t stream) {
   const CombineBackwardTask task{a, plan_rows(s.groups * s.experts * s.capacity, 4)};
   return with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const bool wide = is_wide(a.dim * sizeof(T), a.grad_out, a.y, a.grad_y);
-    const auto kernel = wide ? combine_backward_slots<T, kWide<T>> : combine_backward_slots<T, 1>;
+    const bool aligned16 = is_aligned16(a.dim * sizeof(T), a.grad_out, a.y, a.grad_y);
+    const auto kernel = aligned16 ? combine_backward_slots<T, kPackSize<T>> : combine_backward_slots<T, 1>;
     return SIMT_LAUNCH(kernel, task.plan.grid, SIMT_BLOCK_THREADS, 0, stream, task);
   });
 }

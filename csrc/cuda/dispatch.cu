@@ -1,4 +1,4 @@
-// Token rows to expert buffers on a GPU. A warp a slot: it copies the row of the token that holds it, or writes zeros.
+// `dispatch` on a GPU: a warp for each slot copies the row of the token that holds the slot, or writes zeros.
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
 
@@ -7,13 +7,13 @@ namespace {
 
 struct CopyRows {
   Assignment assignment;
-  RowPlan plan;       // rows: slots
+  RowPlan plan;       // of the slots
   int64_t row_bytes;
   const void* from;   // (g, n) rows
   void* to;           // (g, e, C) rows
 };
 
-// Unit: what rows are copied in.
+// `Unit` is the integer type in whose size rows are copied.
 template <class Unit>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) copy_rows(CopyRows a) {
   const int64_t units = a.row_bytes / int64_t(sizeof(Unit));
@@ -48,7 +48,7 @@ cudaError_t run(const Dispatch& a, cudaStream_t stream) {
   const int64_t slots = s.groups * s.experts * s.capacity, bytes = element_bytes(a.dtype);
   if (slots == 0 || a.dim == 0) return cudaSuccess;
   const CopyRows task{s, plan_rows(slots, 4), a.dim * bytes, a.x, a.y};
-  const auto kernel = is_wide(task.row_bytes, a.x, a.y) ? copy_rows<uint4>
+  const auto kernel = is_aligned16(task.row_bytes, a.x, a.y) ? copy_rows<uint4>
                       : bytes == 8                      ? copy_rows<uint64_t>
                       : bytes == 4                      ? copy_rows<uint32_t>
                                                         : copy_rows<uint16_t>;

@@ -1,4 +1,4 @@
-// Element types of tensors, the types they are computed in, and 16 bytes of them at a time.
+// Element types of tensors, the types in which they are computed, and vectorised loads and stores of 16 bytes.
 #pragma once
 
 #include "cuda/simt.cuh"
@@ -10,16 +10,16 @@ using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
 
 template <class T>
-using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using ComputeType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-__device__ __forceinline__ float to_real(float v) { return v; }
-__device__ __forceinline__ double to_real(double v) { return v; }
-__device__ __forceinline__ float to_real(BFloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_real(Float16 v) { return __half2float(v); }
+__device__ __forceinline__ float to_compute(float v) { return v; }
+__device__ __forceinline__ double to_compute(double v) { return v; }
+__device__ __forceinline__ float to_compute(BFloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_compute(Float16 v) { return __half2float(v); }
 
 // Rounds to nearest, ties to even.
 template <class T>
-__device__ __forceinline__ T from_real(RealOf<T> v) {
+__device__ __forceinline__ T from_compute(ComputeType<T> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     return __float2bfloat16_rn(v);
   } else if constexpr (std::is_same_v<T, Float16>) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ T from_real(RealOf<T> v) {
   }
 }
 
-// Calls f with a null pointer to the element type.
+// Calls f with a null pointer whose type is the element type.
 template <class F>
 cudaError_t with_type(DType dtype, const F& f) {
   switch (dtype) {
@@ -41,22 +41,22 @@ cudaError_t with_type(DType dtype, const F& f) {
   return cudaErrorInvalidValue;
 }
 
-// Elements side by side: 16 bytes of them where rows are aligned to that, else one.
+// Contiguous elements that are loaded and stored at once: 16 bytes of them where rows are aligned to 16 bytes, or one.
 template <class T, int Count>
 struct alignas(sizeof(T) * Count) Pack {
   T v[Count];
 };
 template <class T>
-constexpr int kWide = 16 / int(sizeof(T));
+constexpr int kPackSize = 16 / int(sizeof(T));  // elements of 16 bytes
 
-// Whether rows of this size, one after another from these addresses on, can be read and written 16 bytes at a time.
+// Returns whether all rows are aligned to 16 bytes: `rows` are the addresses of the first ones, and others follow without gaps.
 template <class... Pointers>
-bool is_wide(int64_t row_bytes, Pointers... rows) {
+bool is_aligned16(int64_t row_bytes, Pointers... rows) {
   const uintptr_t bits = uintptr_t(row_bytes) | (uintptr_t(0) | ... | reinterpret_cast<uintptr_t>(rows));
   return bits % 16 == 0;
 }
 
-// 16 bytes as one instruction, which a struct of small members may not become.
+// Load and store 16 bytes in one instruction, which the compiler might split for a struct of small members.
 template <class T, int Count>
 __device__ __forceinline__ Pack<T, Count> load_pack(const T* from) {
   Pack<T, Count> pack;
@@ -81,13 +81,13 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, Count>& pack) {
   }
 }
 
-// Parts of `size` that make up `whole`.
+// Returns the smallest integer that is not below count / size.
 template <class T>
-constexpr T parts(T whole, T size) {
-  return (whole + size - 1) / size;
+constexpr T ceil_div(T count, T size) {
+  return (count + size - 1) / size;
 }
 
-// A grid for kernels whose threads go on to what is a grid further: blocks of `blocks`, as many as keep the device busy.
+// Returns the grid of a kernel with grid-stride loops: `blocks`, but no more than keep the device busy.
 inline unsigned grid_of(int64_t blocks) {
   const int64_t most = 32 * int64_t(device_attribute(cudaDevAttrMultiProcessorCount));
   return unsigned(blocks < 1 ? 1 : blocks < most ? blocks : most);

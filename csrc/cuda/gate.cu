@@ -1,5 +1,5 @@
-// SPEC steps 3 to 6 on a GPU: a warp, or a part of one, a token, its row in registers. What the tokens give to the losses is
-// added up on the way, tile by tile.
+// docs/spec.md, steps 3 to 6, on a GPU: a warp, or a part of one, processes a token, whose row is in registers. The tokens'
+// sums for the losses are accumulated on the way, tile by tile.
 #include "cuda/gate_sums.cuh"
 #include "cuda/kernels.h"
 #include "cuda/topn.cuh"
@@ -7,217 +7,219 @@
 namespace topn_gating::cuda {
 namespace {
 
-// SPEC step 6: of v_k, of which `sum` is the sum, to w_k.
-template <class R>
-__device__ __forceinline__ R normalised(R v, double sum, int64_t top_n, double eps) {
-  return top_n == 1 ? v : v / R(sum < eps ? eps : sum);
+// docs/spec.md, step 6: returns w_k from v_k and the sum of all v.
+template <class Scalar>
+__device__ __forceinline__ Scalar normalised(Scalar v, double sum, int64_t top_n, double eps) {
+  return top_n == 1 ? v : v / Scalar(weight_divisor(sum, eps));
 }
 
-// A token's place in the outputs.
+// Where a token's results belong in the outputs.
 template <class T>
-struct Chosen {
+struct Outputs {
   int32_t* expert;
-  RealOf<T>* weight;
+  ComputeType<T>* weight;
 
-  __device__ Chosen(const Gate& a, int64_t token)
-      : expert(a.expert + token * a.top_n), weight(static_cast<RealOf<T>*>(a.weight) + token * a.top_n) {}
+  __device__ Outputs(const Gate& a, int64_t token)
+      : expert(a.expert + token * a.top_n), weight(static_cast<ComputeType<T>*>(a.weight) + token * a.top_n) {}
 };
 
-template <class R>
-struct FirstExpert {
+// What a token contributes to the losses, apart from its gates.
+template <class Scalar>
+struct FirstChoice {
   int expert;
-  LogSumExp<R> lse;
+  LogSumExp<Scalar> lse;
 };
 
-// SPEC steps 4 to 6 of a row in registers: scores become gates; rank k goes to the row's thread k % width, which writes it.
-template <class KeyOf, class T, class Lanes>
-__device__ __forceinline__ FirstExpert<float> choose_sorted(const Gate& a, const Lanes& lanes,
-                                                            typename Lanes::template Row<float>& s, bool live,
+// docs/spec.md, steps 4 to 6, for a row in registers: turns scores into gates, and writes the token's experts and weights where
+// in_tile. Thread k % width of the row has rank k.
+template <class KeyOf, class T, class RowLayout>
+__device__ __forceinline__ FirstChoice<float> choose_sorted(const Gate& a, const RowLayout& layout,
+                                                            typename RowLayout::template Row<float>& s, bool in_tile,
                                                             int64_t token) {
   using Key = typename KeyOf::Key;
-  constexpr int ranks = parts(std::min(kRanks, Lanes::width * Lanes::count), Lanes::width);  // of a thread
-  char* none = nullptr;
-  typename Lanes::template Row<Key> keys(none, Lanes::count);
+  constexpr int ranks = ceil_div(std::min(kRanks, RowLayout::width * RowLayout::count), RowLayout::width);  // of a thread
+  char* no_memory = nullptr;
+  typename RowLayout::template Row<Key> keys(no_memory, RowLayout::count);
   TOPN_UNROLL
-  for (int i = 0; i < Lanes::count; ++i) {
-    keys[i] = lanes.real(i) ? KeyOf::template pack<Lanes>(s[i], lanes.index(i)) : std::numeric_limits<Key>::min();
+  for (int i = 0; i < RowLayout::count; ++i) {
+    keys[i] = layout.valid(i) ? KeyOf::template pack<RowLayout>(s[i], layout.index(i)) : std::numeric_limits<Key>::min();
   }
-  sort_descending<0, Lanes::count>(keys);
-  const auto lse = softmax(lanes, s);
+  sort_descending<0, RowLayout::count>(keys);
+  const auto lse = softmax(layout, s);
 
-  Values<Key, ranks> kept(none, ranks);
+  Values<Key, ranks> chosen(no_memory, ranks);
   int first = 0;
-  take_sorted<KeyOf, Lanes>(keys, int(a.top_n), [&](int k, Key key) {
+  pop_sorted<KeyOf, RowLayout>(keys, int(a.top_n), [&](int k, Key key) {
     if (k == 0) first = KeyOf::expert(key);
-    if (lanes.thread == k % Lanes::width) kept.set(k / Lanes::width, key);
+    if (layout.thread == k % RowLayout::width) chosen.set(k / RowLayout::width, key);
   });
   const float max = lse.max, scale = 1.0f / lse.sum;
   float v[ranks];
   double sum = 0;
   TOPN_UNROLL
   for (int i = 0; i < ranks; ++i) {
-    const bool real = i * Lanes::width + lanes.thread < a.top_n;
-    v[i] = real ? exp_below(KeyOf::score(kept[i]), max) * scale : 0.0f;
+    const bool valid = i * RowLayout::width + layout.thread < a.top_n;
+    v[i] = valid ? exp_below<RowLayout>(KeyOf::score(chosen[i]), max) * scale : 0.0f;
     sum += double(v[i]);
   }
-  sum = Lanes::reduce(sum, [](double x, double y) { return x + y; });
-  const Chosen<T> to(a, token);
+  sum = RowLayout::reduce(sum, [](double x, double y) { return x + y; });
+  const Outputs<T> out(a, token);
   TOPN_UNROLL
   for (int i = 0; i < ranks; ++i) {
-    const int k = i * Lanes::width + lanes.thread;
-    if (live && k < a.top_n) {
-      to.expert[k] = KeyOf::expert(kept[i]);
-      to.weight[k] = normalised(v[i], sum, a.top_n, a.eps);
+    const int k = i * RowLayout::width + layout.thread;
+    if (in_tile && k < a.top_n) {
+      out.expert[k] = KeyOf::expert(chosen[i]);
+      out.weight[k] = normalised(v[i], sum, a.top_n, a.eps);
     }
   }
   return {first, lse};
 }
 
-// The same for any row that a warp shares. Rank k is written, and later read, by thread k % 32.
-template <class T, class Lanes, class Keys>
-__device__ __forceinline__ FirstExpert<typename Lanes::R> choose(const Gate& a, const Lanes& lanes,
-                                                                 typename Lanes::template Row<typename Lanes::R>& s,
-                                                                 Keys& keys, int64_t token, double& sum) {
-  using R = typename Lanes::R;
-  TOPN_UNROLL_BY(Lanes::unroll)
-  for (int i = 0; i < lanes.count; ++i) {
-    keys[i] = lanes.real(i) ? score_key<Lanes>(s[i]) : std::numeric_limits<typename Lanes::Key>::min();
+// The same for any row that a whole warp shares, without step 6: writes v_k and returns their sum in `sum`. Thread k % 32
+// writes, and later reads, rank k.
+template <class T, class RowLayout, class Keys>
+__device__ __forceinline__ FirstChoice<typename RowLayout::Scalar> choose(
+    const Gate& a, const RowLayout& layout, typename RowLayout::template Row<typename RowLayout::Scalar>& s, Keys& keys,
+    int64_t token, double& sum) {
+  using Scalar = typename RowLayout::Scalar;
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) {
+    keys[i] = layout.valid(i) ? score_key<RowLayout>(s[i]) : std::numeric_limits<typename RowLayout::Key>::min();
   }
-  const auto lse = softmax(lanes, s);
-  const Chosen<T> to(a, token);
+  const auto lse = softmax(layout, s);
+  const Outputs<T> out(a, token);
   int first = 0;
-  stable_topn(lanes, keys, int(a.top_n), [&](int k, int expert) {
-    const R v = lanes.at(s, expert);
+  stable_topn(layout, keys, int(a.top_n), [&](int k, int expert) {
+    const Scalar v = layout.at(s, expert);
     sum += double(v);
     if (k == 0) first = expert;
-    if (lanes.thread == k % Lanes::width) to.expert[k] = expert, to.weight[k] = RealOf<T>(v);
+    if (layout.thread == k % RowLayout::width) out.expert[k] = expert, out.weight[k] = ComputeType<T>(v);
   });
   return {first, lse};
 }
 
-// The soft top-n's scores in place of the gates that `choose` has written; uses up the gates p.
-template <class T, class Lanes>
-__device__ __forceinline__ double soften(const Gate& a, const Lanes& lanes, typename Lanes::template Row<double>& p,
-                                         int64_t token) {
-  const SoftTopN<double> soft(lanes, lanes.experts, int(a.top_n), p);
-  const Chosen<T> to(a, token);
+// Replaces the v_k that `choose` has written by scores of the soft top-n, and returns their sum. Overwrites the gates p.
+template <class T, class RowLayout>
+__device__ __forceinline__ double soften(const Gate& a, const RowLayout& layout,
+                                         typename RowLayout::template Row<double>& p, int64_t token) {
+  const SoftTopN<double> soft(layout, layout.experts, int(a.top_n), p);
+  const Outputs<T> out(a, token);
   double sum = 0;
   for (int k = 0; k < a.top_n; ++k) {
-    const bool mine = lanes.thread == k % Lanes::width;
-    const double v = soft.score(lanes.at(p, lanes.from(k % Lanes::width, mine ? to.expert[k] : 0)));
+    const bool mine = layout.thread == k % RowLayout::width;
+    const double v = soft.score(layout.at(p, layout.from(k % RowLayout::width, mine ? out.expert[k] : 0)));
     sum += v;
-    if (mine) to.weight[k] = RealOf<T>(v);
+    if (mine) out.weight[k] = ComputeType<T>(v);
   }
   return sum;
 }
 
-template <class T, class Lanes>
+template <class T, class RowLayout>
 __device__ __forceinline__ void gate_tile(const GateTask& task, int64_t index) {
-  using R = typename Lanes::R;
+  using Scalar = typename RowLayout::Scalar;
   const Gate& a = task.gate;
-  const Lanes lanes(a.experts);
-  const Tile tile(task.tiles, index, a.tokens);
-  char* memory = task.space.rows + blockIdx.x * task.tiles.row_bytes;
-  typename Lanes::template Row<R> s(memory, lanes.count), z(memory, lanes.count);
-  typename Lanes::template Row<typename Lanes::Key> keys(memory, lanes.count);
+  const RowLayout layout(a.experts);
+  const Tile tile(task.plan, index, a.tokens);
+  char* memory = task.space.rows + blockIdx.x * task.plan.row_bytes;
+  typename RowLayout::template Row<Scalar> s(memory, layout.count), z(memory, layout.count);
+  typename RowLayout::template Row<typename RowLayout::Key> keys(memory, layout.count);
   SIMT_DYN_SMEM(double, shared);
-  TileSums<Lanes> sums(lanes, shared);
+  TileSums<RowLayout> sums(layout, shared);
   if (a.losses) sums.start(task.space, index);
 
-  for (TokenRows<T, Lanes, Gate> rows(lanes, a, task.tiles, tile); rows.more();) {
-    rows.take(s);
+  for (TokenRows<T, RowLayout> rows(layout, a, task.plan, tile); rows.more();) {
+    rows.next(s);
     const int64_t token = rows.token;
-    FirstExpert<R> chosen;
+    FirstChoice<Scalar> first;
     double sum = 0;
-    if constexpr (!kSorted<Lanes>) {
-      chosen = choose<T>(a, lanes, s, keys, token, sum);
+    if constexpr (!kSorted<RowLayout>) {
+      first = choose<T>(a, layout, s, keys, token, sum);
     } else if constexpr (sizeof(T) == 2) {
-      chosen = a.noise == nullptr ? choose_sorted<NarrowKey<T>, T>(a, lanes, s, rows.live, token)
-                                  : choose_sorted<WideKey, T>(a, lanes, s, rows.live, token);
+      first = a.noise == nullptr ? choose_sorted<Key32<T>, T>(a, layout, s, rows.in_tile, token)
+                                 : choose_sorted<Key64, T>(a, layout, s, rows.in_tile, token);
     } else {
-      chosen = choose_sorted<WideKey, T>(a, lanes, s, rows.live, token);
+      first = choose_sorted<Key64, T>(a, layout, s, rows.in_tile, token);
     }
     if (a.losses) {
       if (a.noise != nullptr) {
-        lanes.load(logits_of<T>(a, token), task.tiles.wide, z);
-        chosen.lse = softmax(lanes, z);
+        layout.load(logits_of<T>(a, token), task.plan.aligned16, z);
+        first.lse = softmax(layout, z);
       }
-      const bool real = a.token_mask == nullptr || a.token_mask[token];
-      if (rows.live && real) sums.add(s, chosen.expert, value_of(chosen.lse));
+      if (rows.in_tile && is_valid(a, token)) sums.add(s, first.expert, value_of(first.lse));
     }
-    if constexpr (!kSorted<Lanes>) {
-      if constexpr (std::is_same_v<R, double>) {
-        if (a.soft) sum = soften<T>(a, lanes, s, token);
+    if constexpr (!kSorted<RowLayout>) {
+      if constexpr (std::is_same_v<Scalar, double>) {
+        if (a.soft) sum = soften<T>(a, layout, s, token);
       }
-      const Chosen<T> to(a, token);
-      for (int64_t k = lanes.thread; k < a.top_n; k += Lanes::width) {
-        to.weight[k] = RealOf<T>(normalised(R(to.weight[k]), sum, a.top_n, a.eps));
+      const Outputs<T> out(a, token);
+      for (int64_t k = layout.thread; k < a.top_n; k += RowLayout::width) {
+        out.weight[k] = ComputeType<T>(normalised(Scalar(out.weight[k]), sum, a.top_n, a.eps));
       }
     }
   }
   if (a.losses) sums.finish(task.space, index);
 }
 
-// What `losses == false` promises.
-template <class Real>
+// Writes the zeros that Gate promises for losses == false.
+template <class Weight>
 __device__ void write_no_losses(const Gate& a) {
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = first; i < a.groups * a.experts; i += step) {
-    static_cast<Real*>(a.importance)[i] = 0;
+    static_cast<Weight*>(a.importance)[i] = 0;
     a.top_count[i] = 0;
   }
-  if (first == 0) *static_cast<Real*>(a.balance_loss) = *static_cast<Real*>(a.router_z_loss) = 0;
+  if (first == 0) *static_cast<Weight*>(a.balance_loss) = *static_cast<Weight*>(a.router_z_loss) = 0;
 }
 
-template <class T, class Lanes>
-__global__ void __launch_bounds__(kBlockThreads<Lanes>, kResidentBlocks<Lanes>) gate_tokens(GateTask task) {
+template <class T, class RowLayout>
+__global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>) gate_tokens(GateTask task) {
   if (!task.gate.losses) {
-    write_no_losses<RealOf<T>>(task.gate);
+    write_no_losses<ComputeType<T>>(task.gate);
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {
     *task.space.ticket = 0;
   }
-  // Where rows are in registers there is a block for each tile.
-  for (int64_t tile = blockIdx.x; tile < task.tiles.count; tile += gridDim.x) gate_tile<T, Lanes>(task, tile);
+  // Where rows are in registers, there is a block for each tile.
+  for (int64_t tile = blockIdx.x; tile < task.plan.count; tile += gridDim.x) gate_tile<T, RowLayout>(task, tile);
 }
 
-GateSpace carve(const Gate& a, const Tiles& tiles) {
+// Divides the workspace.
+GateSpace divide_workspace(const Gate& a, const TilePlan& plan) {
   char* const begin = static_cast<char*>(a.workspace);
-  int64_t at = 0;
-  const auto take = [&](auto*& to, int64_t count) {
-    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(begin + at);
-    at += (count * int64_t(sizeof *to) + 15) / 16 * 16;
+  int64_t used = 0;
+  const auto reserve = [&](auto*& to, int64_t count) {
+    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(begin + used);
+    used += (count * int64_t(sizeof *to) + 15) / 16 * 16;
   };
   GateSpace space{};
-  take(space.rows, tiles.memory_bytes());
+  reserve(space.rows, plan.memory_bytes());
   if (a.losses) {
-    take(space.importance, tiles.count * a.experts);
-    take(space.z_loss, tiles.count);
-    take(space.balance, a.groups * parts(a.experts, kExpertsPerBlock));
-    take(space.group_z_loss, a.groups);
-    take(space.group_real, a.groups);
-    take(space.top_count, tiles.count * a.experts);
-    take(space.real, tiles.count);
-    take(space.ticket, 1);
+    reserve(space.importance, plan.count * a.experts);
+    reserve(space.z_loss, plan.count);
+    reserve(space.balance, a.groups * ceil_div(a.experts, kExpertsPerBlock));
+    reserve(space.group_z_loss, a.groups);
+    reserve(space.group_valid, a.groups);
+    reserve(space.top_count, plan.count * a.experts);
+    reserve(space.valid_tokens, plan.count);
+    reserve(space.ticket, 1);
   }
-  space.bytes = at;
+  space.bytes = used;
   return space;
 }
 
-template <class T, class Lanes>
-GateTask task_of(const Gate& a, T* /*element*/, Lanes* /*lanes*/) {
-  using R = typename Lanes::R;
-  const int64_t row_bytes = 2 * sizeof(R) + sizeof(typename Lanes::Key);  // for an expert
-  GateTask task{a, plan_tiles<Lanes>(a, row_bytes, is_wide(a.experts * sizeof(T), a.logits)), {}};
-  task.space = carve(a, task.tiles);
+template <class T, class RowLayout>
+GateTask task_of(const Gate& a, T* /*element*/, RowLayout* /*layout*/) {
+  const int64_t bytes_per_expert = 2 * sizeof(typename RowLayout::Scalar) + sizeof(typename RowLayout::Key);
+  GateTask task{a, plan_tiles<RowLayout>(a, bytes_per_expert, is_aligned16(a.experts * sizeof(T), a.logits)), {}};
+  task.space = divide_workspace(a, task.plan);
   return task;
 }
 
-template <class T, class Lanes>
-cudaError_t launch_gate(const Gate& a, cudaStream_t stream, T* element, Lanes* lanes) {
-  const GateTask task = task_of(a, element, lanes);
-  const size_t shared = a.losses ? TileSums<Lanes>::shared_bytes(task.tiles.block, a.experts) : 0;
-  const auto kernel = gate_tokens<T, Lanes>;
-  const cudaError_t error = SIMT_LAUNCH(kernel, task.tiles.grid, task.tiles.block, shared, stream, task);
+template <class T, class RowLayout>
+cudaError_t launch_gate(const Gate& a, cudaStream_t stream, T* element, RowLayout* layout) {
+  const GateTask task = task_of(a, element, layout);
+  const size_t shared = a.losses ? TileSums<RowLayout>::shared_bytes(task.plan.block, a.experts) : 0;
+  const auto kernel = gate_tokens<T, RowLayout>;
+  const cudaError_t error = SIMT_LAUNCH(kernel, task.plan.grid, task.plan.block, shared, stream, task);
   return error != cudaSuccess || !a.losses ? error : launch_losses(task, stream);
 }
 
@@ -225,15 +227,15 @@ cudaError_t launch_gate(const Gate& a, cudaStream_t stream, T* element, Lanes* l
 
 int64_t workspace_bytes(const Gate& a) {
   int64_t bytes = 0;
-  with_row(a, [&](auto* element, auto* lanes) {
-    bytes = task_of(a, element, lanes).space.bytes;
+  with_row(a, [&](auto* element, auto* layout) {
+    bytes = task_of(a, element, layout).space.bytes;
     return cudaSuccess;
   });
   return bytes;
 }
 
 cudaError_t run(const Gate& a, cudaStream_t stream) {
-  return with_row(a, [&](auto* element, auto* lanes) { return launch_gate(a, stream, element, lanes); });
+  return with_row(a, [&](auto* element, auto* layout) { return launch_gate(a, stream, element, layout); });
 }
 
 }  // namespace topn_gating::cuda

@@ -1,4 +1,5 @@
-// How `assign` shares out the pairs of a group: a tile to a block, a run to a warp; and where their counts lie.
+// How `assign` divides the pairs of a group into tiles, one for each block, and runs, one for each warp; and where counts are
+// kept.
 #pragma once
 
 #include <algorithm>
@@ -9,24 +10,26 @@ namespace topn_gating::cuda {
 
 struct AssignTask {
   Assign assign;
-  int64_t pairs, bins;    // n · k, k · e
-  int64_t run, tile;      // pairs: of a warp, a multiple of 32; of a block
-  unsigned tiles;         // of a group
-  unsigned warps;         // of a block
-  int64_t block_ints;     // counters (warps, bins), first slots (bins), demand (e)
-  bool shared;            // they are in shared memory
-  uint32_t* routed;       // (g, words): a bit a pair
-  int32_t* counts;        // (g, tiles, bins): routed pairs, then those of the tiles before
-  int32_t* totals;        // (g, bins)
-  int32_t* block_memory;  // (blocks, block_ints), null where shared
-  int64_t bytes;
+  int64_t pairs;          // pairs of a group: n · k
+  int64_t bins;           // ranks and experts: k · e
+  int64_t run;            // pairs of a run, a multiple of 32
+  int64_t tile;           // pairs of a tile
+  unsigned tiles;         // tiles of a group
+  unsigned warps;         // warps of a block
+  int64_t block_ints;     // ints of a block: counters (warps, bins), first slots (bins) and demand (e)
+  bool shared;            // whether these ints are in shared memory
+  uint32_t* routed;       // (g, words) a bit for each pair
+  int32_t* counts;        // (g, tiles, bins) routed pairs of the tile, later those of the tiles before it
+  int32_t* totals;        // (g, bins) routed pairs of the group
+  int32_t* block_memory;  // (blocks, block_ints), null where they are in shared memory
+  int64_t bytes;          // bytes of the workspace
 
   __host__ __device__ int64_t words() const { return (pairs + kWarp - 1) / kWarp; }
 };
 
 inline AssignTask task_of(const Assign& a) {
   constexpr int64_t most_warps = 2 * SIMT_BLOCK_THREADS / kWarp;
-  constexpr int64_t steps = 2;  // that make a run worth a warp
+  constexpr int64_t steps = 2;  // smallest number of steps of a run
   AssignTask t{};
   t.assign = a;
   t.pairs = a.tokens * a.top_n;
@@ -35,46 +38,47 @@ inline AssignTask task_of(const Assign& a) {
   const int64_t ints = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(int32_t));
   t.shared = rest + t.bins <= ints;
   const int64_t fit = t.shared ? (ints - rest) / t.bins : most_warps;
-  t.warps = unsigned(std::clamp(parts(t.pairs, steps * kWarp), int64_t(1), std::min(fit, most_warps)));
+  t.warps = unsigned(std::clamp(ceil_div(t.pairs, steps * kWarp), int64_t(1), std::min(fit, most_warps)));
   t.block_ints = t.warps * t.bins + rest;
 
-  // Tiles of a group wait for each other, so all of them must fit on the device.
+  // The blocks of a group synchronise, so all of them must be resident.
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t tiles = std::clamp(parts(t.pairs, steps * kWarp * t.warps), int64_t(1),
+  const int64_t tiles = std::clamp(ceil_div(t.pairs, steps * kWarp * t.warps), int64_t(1),
                                    std::max<int64_t>(1, processors / std::max<int64_t>(1, a.groups)));
-  t.run = std::max<int64_t>(1, parts<int64_t>(parts(t.pairs, tiles * t.warps), kWarp)) * kWarp;
+  t.run = std::max<int64_t>(1, ceil_div<int64_t>(ceil_div(t.pairs, tiles * t.warps), kWarp)) * kWarp;
   t.tile = t.run * t.warps;
-  t.tiles = unsigned(std::max<int64_t>(1, parts(t.pairs, t.tile)));
+  t.tiles = unsigned(std::max<int64_t>(1, ceil_div(t.pairs, t.tile)));
 
   char* const begin = static_cast<char*>(a.workspace);
-  const auto take = [&](auto*& to, int64_t count) {
+  const auto reserve = [&](auto*& to, int64_t count) {
     to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(begin + t.bytes);
     t.bytes += count * int64_t(sizeof *to);
   };
-  take(t.routed, a.groups * t.words());
+  reserve(t.routed, a.groups * t.words());
   if (t.tiles > 1) {
-    take(t.counts, a.groups * t.tiles * t.bins);
-    take(t.totals, a.groups * t.bins);
+    reserve(t.counts, a.groups * t.tiles * t.bins);
+    reserve(t.totals, a.groups * t.bins);
   }
-  if (!t.shared) take(t.block_memory, a.groups * t.tiles * t.block_ints);
+  if (!t.shared) reserve(t.block_memory, a.groups * t.tiles * t.block_ints);
   return t;
 }
 
-// A warp goes through its run in steps of 32 pairs, and reads what several steps need before it goes on.
+// A warp processes its run in steps of 32 pairs, and reads the operands of several steps before it uses them.
 constexpr int kStepsAtOnce = 4;
 
-// A lane's pair in a step.
+// The pair of this lane in a step.
 struct Pair {
-  int64_t of_group;
-  int token, rank;
-  bool inside;  // the run
+  int64_t index;    // token * top_n + rank in the group
+  int token, rank;  // token in the group
+  bool in_run;
 
-  __device__ __forceinline__ int64_t word() const { return of_group / kWarp; }  // the same in the whole warp
+  __device__ __forceinline__ int64_t word() const { return index / kWarp; }  // index in AssignTask::routed, the same in all lanes
 };
 
+// The run of this warp.
 struct Run {
-  int64_t at, end;  // in the group; `at` of lane 0
-  int token, rank;  // of this lane's pair
+  int64_t at, end;  // the next pair of lane 0 and the end of the run, in the group
+  int token, rank;  // the next pair of this lane
   int top_n;
 
   __device__ Run(const AssignTask& task, unsigned tile)
@@ -85,7 +89,7 @@ struct Run {
     rank = int(first % top_n);
   }
   __device__ __forceinline__ bool more() const { return at < end; }
-  __device__ __forceinline__ Pair take() {
+  __device__ __forceinline__ Pair next() {
     const int64_t mine = at + lane_id();
     const Pair pair{mine, token, rank, mine < end};
     at += kWarp;

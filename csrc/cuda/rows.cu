@@ -1,16 +1,16 @@
-// Sums of rows on a GPU, a warp a token: `combine`, and the gradient of `dispatch`.
+// Sums of rows on a GPU, a warp for each token: `combine`, and the gradient of `dispatch`.
 #include "cuda/rows.cuh"
 
 namespace topn_gating::cuda {
 namespace {
 
-// The pairs of some tokens, or 32 of one token, a lane each.
+// Up to 32 pairs, one in each lane: those of a few tokens, or some of one token.
 template <class R>
 struct HeldPairs {
   int64_t slot, pair;
   R weight, dot = 0;
 
-  // Pairs from `first` on.
+  // Reads the pairs from `first` on, before `end`.
   __device__ __forceinline__ void find(const SumRows& a, int64_t first, int64_t end) {
     pair = first + lane_id() < end ? first + lane_id() : -1;
     slot = pair < 0 ? -1 : held_slot(a.assignment, pair);
@@ -18,10 +18,10 @@ struct HeldPairs {
   }
 };
 
-// The sum of one part of the rows in the slots of some lanes.
+// The sum of one part of the rows whose slots some lanes hold.
 template <class T, int Count>
 struct PartSum {
-  using R = RealOf<T>;
+  using R = ComputeType<T>;
   R v[kVectorsAtOnce][Count] = {};
 
   template <bool Dots>
@@ -33,7 +33,7 @@ struct PartSum {
       const R weight = shuffle(held.weight, lane);
       Part<T, Count> row;
       row.load(static_cast<const T*>(a.rows) + slot * a.dim, at, a.dim);
-      for_elements<Count>([&](int u, int j) { v[u][j] += weight * to_real(row.packs[u].v[j]); });
+      for_elements<Count>([&](int u, int j) { v[u][j] += weight * to_compute(row.packs[u].v[j]); });
       if constexpr (Dots) {
         const R product = warp_sum(dot(x, row));
         if (int(lane_id()) == lane) held.dot += product;
@@ -42,15 +42,15 @@ struct PartSum {
   }
   __device__ __forceinline__ void store(T* row, int64_t at, int64_t dim) const {
     Part<T, Count> part;
-    for_elements<Count>([&](int u, int j) { part.packs[u].v[j] = from_real<T>(v[u][j]); });
+    for_elements<Count>([&](int u, int j) { part.packs[u].v[j] = from_compute<T>(v[u][j]); });
     part.store(row, at, dim);
   }
 };
 
-// Where the lanes have all pairs of some tokens: at most 32 ranks.
+// For at most 32 ranks: the lanes hold all pairs of a few tokens.
 template <class T, int Count, bool Dots>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows(SumRows a) {
-  using R = RealOf<T>;
+  using R = ComputeType<T>;
   const int top_n = int(a.assignment.top_n);
   const unsigned of_first = top_n < int(kWarp) ? (1u << top_n) - 1u : kAllLanes;
   for_rows(a.plan, [&](int64_t first, int64_t last) {
@@ -70,10 +70,11 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows(SumRows a) {
   });
 }
 
-// Any number of ranks: 32 pairs of a token after another, their products in memory from one part of the row to the next.
+// For any number of ranks: the lanes hold 32 pairs of a token at a time. Between parts of the row the products are in global
+// memory.
 template <class T, bool Dots>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows_of_many_ranks(SumRows a) {
-  using R = RealOf<T>;
+  using R = ComputeType<T>;
   const int64_t top_n = a.assignment.top_n;
   R* const dots = static_cast<R*>(a.dots);
   for_rows(a.plan, [&](int64_t token, int64_t /*last*/) {
@@ -100,9 +101,9 @@ template <bool Dots>
 cudaError_t launch_with(DType dtype, const SumRows& a, cudaStream_t stream) {
   return with_type(dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const bool wide = is_wide(a.dim * sizeof(T), a.rows, a.out, a.x);
+    const bool aligned16 = is_aligned16(a.dim * sizeof(T), a.rows, a.out, a.x);
     const auto kernel = a.assignment.top_n > kWarp ? sum_rows_of_many_ranks<T, Dots>
-                        : wide                     ? sum_rows<T, kWide<T>, Dots>
+                        : aligned16                     ? sum_rows<T, kPackSize<T>, Dots>
                                                    : sum_rows<T, 1, Dots>;
     return SIMT_LAUNCH(kernel, a.plan.grid, SIMT_BLOCK_THREADS, 0, stream, a);
   });

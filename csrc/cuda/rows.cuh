@@ -1,22 +1,29 @@
-// Rows of d features on a GPU, a warp a row: what `dispatch` and `combine` share.
+// Rows of d features on a GPU, each processed by a warp: what `dispatch` and `combine` share.
 #pragma once
 
+#include "assignment.h"
 #include "cuda/element.cuh"
-
-#ifndef TOPN_NAMESPACE
-#define TOPN_NAMESPACE topn_gating::cuda
-#endif
-#include "held.h"
 
 namespace topn_gating::cuda {
 
-// Vectors of a row that a lane reads before it goes on, for enough bytes under way.
+// Returns the slot that a pair holds, or -1; both are indices over all groups.
+__device__ __forceinline__ int64_t held_slot(const Assignment& a, int64_t pair) {
+  const int64_t pairs = a.tokens * a.top_n, group = quotient(pair, pairs);
+  return held_slot(a, group, pair - group * pairs);
+}
+
+// Returns the pair that holds a slot, or -1; both are indices over all groups.
+__device__ __forceinline__ int64_t holding_pair(const Assignment& a, int64_t slot) {
+  return holding_pair(a, quotient(slot, a.experts * a.capacity), slot);
+}
+
+// Vectors of a row that a lane reads before it uses them, so that enough bytes are in flight.
 constexpr int kVectorsAtOnce = 4;
 
-// How warps share out rows: each takes `at_once`, whose indices its lanes look up side by side.
+// How rows are divided among warps.
 struct RowPlan {
   int64_t rows;
-  int at_once;
+  int at_once;  // rows of a step of a warp; its lanes look up their indices in parallel
   unsigned grid;
 };
 constexpr unsigned kWarpsPerBlock = SIMT_BLOCK_THREADS / kWarp;
@@ -24,10 +31,10 @@ constexpr unsigned kWarpsPerBlock = SIMT_BLOCK_THREADS / kWarp;
 inline RowPlan plan_rows(int64_t rows, int most_at_once) {
   const int64_t warps = 64 * int64_t(device_attribute(cudaDevAttrMultiProcessorCount));
   const int64_t at_once = rows / warps < 1 ? 1 : rows / warps < most_at_once ? rows / warps : most_at_once;
-  return {rows, int(at_once), grid_of(parts(parts(rows, at_once), int64_t(kWarpsPerBlock)))};
+  return {rows, int(at_once), grid_of(ceil_div(ceil_div(rows, at_once), int64_t(kWarpsPerBlock)))};
 }
 
-// Calls f(first, last) for each run of `at_once` rows of this warp; the last run has what is left.
+// Calls f(first, last) for each range of at most at_once rows that this warp processes.
 template <class F>
 __device__ __forceinline__ void for_rows(const RowPlan& plan, const F& f) {
   const int64_t warp = int64_t(blockIdx.x) * kWarpsPerBlock + warp_id();
@@ -37,7 +44,8 @@ __device__ __forceinline__ void for_rows(const RowPlan& plan, const F& f) {
   }
 }
 
-// Calls f(at) for each part of a row in turn, once for an empty row; lane l has the vectors at part + (32 u + l) · Count.
+// Calls f(at) for each part of a row in turn, once for an empty row. In a part this lane has vectors of Count elements at at +
+// 32 u Count for u < kVectorsAtOnce.
 template <int Count, class F>
 __device__ __forceinline__ void for_parts(int64_t dim, const F& f) {
   constexpr int64_t part = int64_t(kWarp) * Count * kVectorsAtOnce;
@@ -47,8 +55,8 @@ __device__ __forceinline__ void for_parts(int64_t dim, const F& f) {
   } while ((first += part) < dim);
 }
 
-// A lane's vectors of one part of a row; zero past the row's end. They stay as they are read until they are used: half types
-// would take twice the registers.
+// A lane's vectors of one part of a row; zero past the row's end. They are converted where they are used, since converted
+// 16-bit elements would take twice the registers.
 template <class T, int Count>
 struct Part {
   static constexpr int64_t step = int64_t(kWarp) * Count;
@@ -80,22 +88,23 @@ __device__ __forceinline__ void for_elements(const F& f) {
 }
 
 template <class T, int Count>
-__device__ __forceinline__ RealOf<T> dot(const Part<T, Count>& a, const Part<T, Count>& b) {
-  RealOf<T> sum = 0;
-  for_elements<Count>([&](int u, int j) { sum += RealOf<T>(to_real(a.packs[u].v[j])) * to_real(b.packs[u].v[j]); });
+__device__ __forceinline__ ComputeType<T> dot(const Part<T, Count>& a, const Part<T, Count>& b) {
+  ComputeType<T> sum = 0;
+  for_elements<Count>([&](int u, int j) { sum += ComputeType<T>(to_compute(a.packs[u].v[j])) * to_compute(b.packs[u].v[j]); });
   return sum;
 }
 
-// Sums of the rows in the slots that a token's pairs hold, in rank order: `combine`, and the gradient of `dispatch`.
+// The sums of the rows of the slots that each token's pairs hold, in the order of the ranks: `combine`, and the gradient of
+// `dispatch`.
 struct SumRows {
   Assignment assignment;
-  RowPlan plan;  // rows: tokens
+  RowPlan plan;        // of the tokens
   int64_t dim;
   const void* rows;    // (g, e, C, d)
-  const void* weight;  // (g, n, k) Real; null: 1
+  const void* weight;  // (g, n, k) of the compute type; null: 1
   void* out;           // (g, n, d)
   const void* x;       // (g, n, d) or null
-  void* dots;          // (g, n, k) Real: x · row, 0 where no slot is held; null with x
+  void* dots;          // (g, n, k) x · row of the compute type, 0 where no slot is held; null with x
 };
 
 cudaError_t launch_sum_rows(DType dtype, SumRows a, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// Launches, and what the threads of a warp do together: the only header of the device that kernels include. nvcc compiles it
-// for the GPU; g++, with the host header of simt in place of the CUDA runtime, for a run on the CPU.
+// Launches and warp operations: kernels include no other header of CUDA. nvcc compiles them for the GPU; g++, with the emulator's
+// header (simt) in place of the CUDA runtime, for a run on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -14,17 +14,17 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// A wrapper of a warp operation hands its caller's place in the source to the host run.
+// Parameters with which a wrapper of a warp operation tells the emulator where it was called.
 #define SIMT_CALLER
 #define SIMT_PASS
-#define SIMT_BLOCK_THREADS 256  // of kernels that may choose; the host run takes fewer
-// A block's dynamic shared memory as an array of T.
+#define SIMT_BLOCK_THREADS 256  // threads of a block, where a kernel does not need a particular number; the emulator has fewer
+// Declares the block's dynamic shared memory as an array of T.
 #define SIMT_DYN_SMEM(T, name)                  \
   extern __shared__ uint4 simt_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(simt_dynamic_shared)
 #define SIMT_LAUNCH(kernel, grid, block, smem, stream, args) \
   ::topn_gating::cuda::launch(kernel, grid, block, smem, stream, args, false)
-// All blocks run at once, so that `sync_grid` can join them.
+// Launches a kernel whose blocks are all resident, so that they can call `sync_grid`.
 #define SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, smem, stream, args) \
   ::topn_gating::cuda::launch(kernel, grid, block, smem, stream, args, true)
 #endif
@@ -33,7 +33,7 @@ namespace topn_gating::cuda {
 
 constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kDefaultShared = 48 << 10;  // bytes of shared memory that a kernel gets without asking
+constexpr int kDefaultShared = 48 << 10;  // bytes of shared memory that need no opt-in
 
 #ifndef TOPN_SIMT_HOST
 template <class Args>
@@ -50,13 +50,13 @@ cudaError_t launch(void (*kernel)(Args), unsigned grid, unsigned block, size_t s
                      : cudaLaunchKernel(function, dim3(grid), dim3(block), parameters, smem, stream);
 }
 
-// Every thread of every block of a cooperative launch waits for all the others.
+// A barrier for all threads of a cooperative launch.
 __device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
 #else
 __device__ __forceinline__ void sync_grid() { simt_grid_sync(); }
 #endif
 
-// An attribute of the current device.
+// Returns an attribute of the current device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 1;
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
@@ -66,7 +66,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ unsigned warp_id() { return threadIdx.x / kWarp; }
 
-// Exchanges between the threads of a warp, all of which must come; `width` threads side by side make a group.
+// Exchanges between the threads of a warp, all of which must take part. Exchanges stay inside groups of `width` neighbouring
+// threads.
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane, int width = kWarp SIMT_CALLER) {
   return __shfl_sync(kAllLanes, value, lane, width SIMT_PASS);
@@ -80,7 +81,7 @@ __device__ __forceinline__ T shuffle_up(T value, int by SIMT_CALLER) {
   return __shfl_up_sync(kAllLanes, value, by, kWarp SIMT_PASS);
 }
 __device__ __forceinline__ unsigned ballot(bool vote SIMT_CALLER) { return __ballot_sync(kAllLanes, vote SIMT_PASS); }
-// The lanes whose value is the caller's.
+// Returns the mask of the lanes that have the caller's value.
 __device__ __forceinline__ unsigned match(unsigned value SIMT_CALLER) { return __match_any_sync(kAllLanes, value SIMT_PASS); }
 __device__ __forceinline__ int warp_max(int value SIMT_CALLER) { return __reduce_max_sync(kAllLanes, value SIMT_PASS); }
 __device__ __forceinline__ unsigned warp_max(unsigned value SIMT_CALLER) {
@@ -89,7 +90,7 @@ __device__ __forceinline__ unsigned warp_max(unsigned value SIMT_CALLER) {
 __device__ __forceinline__ int warp_add(int value SIMT_CALLER) { return __reduce_add_sync(kAllLanes, value SIMT_PASS); }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1u; }
 
-// The sum over a warp, in a fixed order, in every lane.
+// Returns the sum over a warp in every lane, by a butterfly reduction: the order is fixed.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value SIMT_CALLER) {
   TOPN_UNROLL
@@ -97,7 +98,7 @@ __device__ __forceinline__ T warp_sum(T value SIMT_CALLER) {
   return value;
 }
 
-// The sum of what the warps of a block have left, a value each, `stride` apart: in their order, by whoever asks.
+// Returns the sum of one value for each warp of the block, `stride` elements apart, in the order of the warps.
 template <class T>
 __device__ __forceinline__ T sum_warps(const T* values, unsigned stride = 1) {
   T sum{};
@@ -105,9 +106,9 @@ __device__ __forceinline__ T sum_warps(const T* values, unsigned stride = 1) {
   return sum;
 }
 
-// Takes a number of a counter that starts at 0. What a block wrote before it took its number is seen by whoever takes a
-// later one: the block that takes the last number sees what all have written.
-__device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
+// Returns a counter's value and increments it. Whatever a block wrote before its call is visible to a block that gets a larger
+// value: the block that gets the largest sees what all have written.
+__device__ __forceinline__ unsigned next_ticket(unsigned* counter) {
 #ifdef TOPN_SIMT_HOST
   return simt_ticket(counter);
 #else
@@ -118,7 +119,7 @@ __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
 #endif
 }
 
-// a / b for 0 <= a < 2^52 and 0 < b < 2^52, without the call that a division of 64-bit integers is, around which a kernel
+// Returns a / b for 0 <= a < 2^52 and 0 < b < 2^52. The division of 64-bit integers is a function call, around which a kernel
 // would have to save its registers.
 TOPN_INLINE int64_t quotient(int64_t a, int64_t b) {
 #ifdef __CUDA_ARCH__
@@ -134,7 +135,7 @@ TOPN_INLINE int64_t quotient(int64_t a, int64_t b) {
   return rest < 0 ? q - 1 : rest >= b ? q + 1 : q;
 }
 
-// Stores that no one reads soon: they leave the caches first.
+// Stores a value that is not read soon: its cache line is evicted first.
 __device__ __forceinline__ void store_streaming(uint4* to, uint4 value) { __stcs(to, value); }
 
 }  // namespace topn_gating::cuda

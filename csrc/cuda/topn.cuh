@@ -1,14 +1,15 @@
-// SPEC step 5 on a GPU: a token's experts in the order of its scores.
+// docs/spec.md, step 5, on a GPU: a token's experts in the order of its scores.
 //
-// Score and expert make one integer, so that one comparison decides both: the score's key above, the expert's complement
-// below. Each thread sorts its own; then, rank by rank, the threads compare their first, and who had the highest moves on.
+// A score and its expert are packed into one integer, the score's key in the upper bits and the complement of the expert in the
+// lower ones, so that one comparison orders both. Each thread sorts its keys. Then, rank by rank, the threads compare their
+// highest remaining key, and the thread that had the highest of all removes it.
 #pragma once
 
-#include "cuda/lanes.cuh"
+#include "cuda/layout.cuh"
 
 namespace topn_gating::cuda {
 
-// The highest key of `Width` threads side by side.
+// Returns the highest key of `Width` neighbouring threads.
 template <int Width, class Key>
 __device__ __forceinline__ Key group_max(Key key) {
   TOPN_UNROLL
@@ -19,16 +20,16 @@ __device__ __forceinline__ Key group_max(Key key) {
   return key;
 }
 
-// Keys of float scores.
-struct WideKey {
+// Packs float scores into 64-bit keys.
+struct Key64 {
   using Key = int64_t;
-  template <class Lanes>
+  template <class RowLayout>
   static __device__ __forceinline__ Key pack(float score, int expert) {
-    return int64_t(uint64_t(uint32_t(score_key<Lanes>(score))) << 32 | ~uint32_t(expert));
+    return int64_t(uint64_t(uint32_t(score_key<RowLayout>(score))) << 32 | ~uint32_t(expert));
   }
   static __device__ __forceinline__ int expert(Key key) { return int(~uint32_t(key)); }
   static __device__ __forceinline__ float score(Key key) { return score_of(int32_t(key >> 32)); }
-  // The score whose key this is.
+  // Inverts score_key.
   static __device__ __forceinline__ float score_of(int32_t key) {
     return __int_as_float(key ^ ((key >> 31) & std::numeric_limits<int32_t>::max()));
   }
@@ -44,11 +45,11 @@ struct WideKey {
   }
 };
 
-// Keys of scores that came from 16 bits: of a float's key the upper half, for float16 as for bfloat16 (see `pack`).
+// Packs scores that were converted from 16-bit elements into 32-bit keys, whose upper half is the key of those 16 bits.
 template <class T>
-struct NarrowKey {
+struct Key32 {
   using Key = int32_t;
-  template <class Lanes>
+  template <class RowLayout>
   static __device__ __forceinline__ Key pack(float score, int expert) {
     return Key(ordered(score) & 0xffff0000u) | Key(0xffff - expert);
   }
@@ -72,8 +73,8 @@ struct NarrowKey {
   }
 
  private:
-  // The order of score_key, from the 16 bits that the score came from, in the upper half: NaN above everything, -0 equal
-  // to 0.
+  // Returns the key of the element that the score was converted from, in the upper half: in the order of score_key, that is
+  // with NaN above everything and -0 equal to 0.
   static __device__ __forceinline__ uint32_t ordered(float score) {
     uint16_t bits;
     if constexpr (std::is_same_v<T, BFloat16>) {
@@ -87,8 +88,8 @@ struct NarrowKey {
   }
 };
 
-// Sorts `Size` keys, `Step` apart from the one at `First` on, in descending order (Batcher's odd-even merge sort). Templates,
-// since every index has to be known to the compiler.
+// Sort `Size` keys from `First` on in descending order (Batcher's odd-even merge sort; `Step` is the distance of the keys that
+// a merge looks at). These are templates because registers can only be indexed by compile-time constants.
 template <class Keys>
 __device__ __forceinline__ void order(Keys& keys, int i, int j) {
   const auto a = keys[i], b = keys[j];
@@ -115,37 +116,37 @@ __device__ __forceinline__ void sort_descending(Keys& keys) {
   }
 }
 
-// Calls chosen(rank, key) for ranks 0 to top_n - 1 in all of the row's threads; uses up the sorted keys.
-template <class KeyOf, class Lanes, class Keys, class Chosen>
-__device__ __forceinline__ void take_sorted(Keys& keys, int top_n, const Chosen& chosen) {
+// Calls chosen(rank, key) for ranks 0 to top_n - 1, in all of the row's threads. Removes the chosen keys from the sorted ones.
+template <class KeyOf, class RowLayout, class Keys, class Chosen>
+__device__ __forceinline__ void pop_sorted(Keys& keys, int top_n, const Chosen& chosen) {
   using Key = typename KeyOf::Key;
   for (int k = 0; k < top_n; ++k) {
-    const Key best = KeyOf::template max<Lanes::width>(keys[0]);
+    const Key best = KeyOf::template max<RowLayout::width>(keys[0]);
     const bool mine = keys[0] == best;
     TOPN_UNROLL
-    for (int i = 0; i + 1 < Lanes::count; ++i) keys[i] = mine ? keys[i + 1] : keys[i];
-    if (mine) keys[Lanes::count - 1] = std::numeric_limits<Key>::min();
+    for (int i = 0; i + 1 < RowLayout::count; ++i) keys[i] = mine ? keys[i + 1] : keys[i];
+    if (mine) keys[RowLayout::count - 1] = std::numeric_limits<Key>::min();
     chosen(k, best);
   }
 }
 
-// The experts of the top_n highest keys, ties to the lower index, where keys and experts do not make one integer. Uses up
-// the keys.
-template <class Lanes, class Keys, class Chosen>
-__device__ __forceinline__ void stable_topn(const Lanes& lanes, Keys&& keys, int top_n, const Chosen& chosen) {
-  using Key = typename Lanes::Key;
+// Calls chosen(rank, expert) for the experts of the top_n highest keys, ties to the lower index, where keys are not packed with
+// experts. Removes the chosen keys.
+template <class RowLayout, class Keys, class Chosen>
+__device__ __forceinline__ void stable_topn(const RowLayout& layout, Keys&& keys, int top_n, const Chosen& chosen) {
+  using Key = typename RowLayout::Key;
   for (int k = 0; k < top_n; ++k) {
     Key best = keys[0];
-    Key where = lanes.index(0);
-    TOPN_UNROLL_BY(Lanes::unroll)
-    for (int i = 1; i < lanes.count; ++i) {
+    Key where = layout.index(0);
+    TOPN_UNROLL_BY(RowLayout::unroll)
+    for (int i = 1; i < layout.count; ++i) {
       const bool higher = keys[i] > best;
       best = higher ? keys[i] : best;
-      where = higher ? Key(lanes.index(i)) : where;
+      where = higher ? Key(layout.index(i)) : where;
     }
-    const Key top = lanes.max(best);
-    const Key expert = lanes.min(best == top ? where : std::numeric_limits<Key>::max());
-    lanes.drop(keys, int(expert));
+    const Key top = layout.max(best);
+    const Key expert = layout.min(best == top ? where : std::numeric_limits<Key>::max());
+    layout.drop(keys, int(expert));
     chosen(k, int(expert));
   }
 }

@@ -1,42 +1,45 @@
-// SPEC step 9 on the CPU: two large tensors of zeros with k entries a token, each cache line written once.
-#include "cpu/half.h"
+// docs/spec.md, step 9, on the CPU: two large tensors of zeros with at most k entries for each token. Each cache line is
+// written once.
+#pragma once
+
+#include "cpu/element.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/stream.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating::cpu::TOPN_LEVEL {
 namespace {
 
-// Writes a stretch of memory from its start to its end: zeros, and entries put in at rising addresses.
+// Fills a range of memory from its start to its end: zeros, except for entries that are put in at rising addresses.
 template <class T>
 class Writer {
  public:
-  Writer(T* begin, T* end, bool stream)
-      : at_(reinterpret_cast<char*>(begin)), end_(reinterpret_cast<char*>(end)), stream_(stream) {
-    char* whole = align_up(at_);
-    if (whole > end_) whole = end_;
-    // The first line may be shared with the stretch before: ordinary stores.
-    std::memset(at_, 0, whole - at_);
-    at_ = whole;
+  Writer(T* begin, T* end, bool nontemporal)
+      : at_(reinterpret_cast<char*>(begin)), end_(reinterpret_cast<char*>(end)), nontemporal_(nontemporal) {
+    char* first_line = align_up(at_);
+    if (first_line > end_) first_line = end_;
+    // Another thread may write to the line before it: ordinary stores.
+    std::memset(at_, 0, first_line - at_);
+    at_ = first_line;
   }
 
   void put(T* where, T value) {
     char* p = reinterpret_cast<char*>(where);
     char* line = align_down(p);
-    if (p < at_ && !in_line_) {  // in the head
+    if (p < at_ && !in_line_) {  // before the first whole line
       *where = value;
       return;
     }
     if (!in_line_ || line != at_) {
       flush();
       if (line + kLine > end_) {  // the last, partial line
-        clear_lines(at_, line, stream_);
+        clear_lines(at_, line, nontemporal_);
         std::memset(line, 0, end_ - line);
         at_ = end_;
         *where = value;
         return;
       }
-      clear_lines(at_, line, stream_);
+      clear_lines(at_, line, nontemporal_);
       at_ = line;
       std::memset(line_, 0, kLine);
       in_line_ = true;
@@ -47,9 +50,9 @@ class Writer {
   void finish() {
     flush();
     if (at_ >= end_) return;
-    char* whole = align_down(end_);
-    clear_lines(at_, whole, stream_);
-    std::memset(whole, 0, end_ - whole);
+    char* last_line = align_down(end_);
+    clear_lines(at_, last_line, nontemporal_);
+    std::memset(last_line, 0, end_ - last_line);
   }
 
  private:
@@ -58,28 +61,28 @@ class Writer {
 
   void flush() {
     if (!in_line_) return;
-    copy_lines(at_, line_, kLine, stream_);
+    copy_lines(at_, line_, kLine, nontemporal_);
     at_ += kLine;
     in_line_ = false;
   }
 
-  char* at_;  // all before it is written
+  char* at_;  // everything before it is written
   char* end_;
-  bool stream_;
-  bool in_line_ = false;  // the line at at_ is being put together in line_
+  bool nontemporal_;
+  bool in_line_ = false;  // whether line_ holds the line at at_, not yet written
   alignas(kLine) char line_[kLine];
 };
 
 template <class T>
-void dense_tokens(const Dense& a, bool stream, int64_t begin, int64_t end) {
+void dense_tokens(const Dense& a, bool nontemporal, int64_t begin, int64_t end) {
   const Assignment& s = a.assignment;
   const int64_t row = s.experts * s.capacity;
   T* dispatch = static_cast<T*>(a.dispatch);
   T* combine = static_cast<T*>(a.combine);
-  Writer<T> dispatch_writer(dispatch + begin * row, dispatch + end * row, stream);
-  Writer<T> combine_writer(combine + begin * row, combine + end * row, stream);
+  Writer<T> dispatch_writer(dispatch + begin * row, dispatch + end * row, nontemporal);
+  Writer<T> combine_writer(combine + begin * row, combine + end * row, nontemporal);
   T one;
-  store_one(&one, 1);
+  store_element(&one, 1);
 
   struct Entry {
     int64_t position, pair;
@@ -98,7 +101,7 @@ void dense_tokens(const Dense& a, bool stream, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t where = token * row + entries[i].position;
       T value;
-      store_one(&value, static_cast<const RealOf<T>*>(a.weight)[entries[i].pair]);
+      store_element(&value, static_cast<const ComputeType<T>*>(a.weight)[entries[i].pair]);
       dispatch_writer.put(dispatch + where, one);
       combine_writer.put(combine + where, value);
     }
@@ -109,22 +112,22 @@ void dense_tokens(const Dense& a, bool stream, int64_t begin, int64_t end) {
 
 template <class T>
 void dense_backward_tokens(const DenseBackward& a, int64_t begin, int64_t end) {
-  using Real = RealOf<T>;
+  using Weight = ComputeType<T>;
   const Assignment& s = a.assignment;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t group = token / s.tokens, n = token % s.tokens;
     for (int64_t pair = token * s.top_n; pair < (token + 1) * s.top_n; ++pair) {
       const int64_t e = s.expert[pair], c = s.slot[pair];
-      Real grad = 0;
+      Weight grad = 0;
       if (c >= 0 && c < s.capacity && e >= 0 && e < s.experts) {
         const auto at = [&](const void* tensor, const int64_t* strides) {
           const int64_t where = group * strides[0] + n * strides[1] + e * strides[2] + c * strides[3];
-          return load_one(static_cast<const T*>(tensor) + where);
+          return load_element(static_cast<const T*>(tensor) + where);
         };
         if (a.grad_combine != nullptr) grad += at(a.grad_combine, a.combine_strides);
         if (a.grad_dispatch != nullptr) grad += at(a.grad_dispatch, a.dispatch_strides);
       }
-      static_cast<Real*>(a.grad_weight)[pair] = grad;
+      static_cast<Weight*>(a.grad_weight)[pair] = grad;
     }
   }
 }
@@ -135,20 +138,20 @@ void run(const Dense& a, ParallelFor parallel_for) {
   const Assignment& s = a.assignment;
   const int64_t row = s.experts * s.capacity;
   const int64_t bytes = s.groups * s.tokens * row * element_bytes(a.dtype);
-  const bool stream = bytes >= kStreamBytes;
-  if (stream) {
+  const bool nontemporal = bytes >= kNontemporalBytes;
+  if (nontemporal) {
     advise_huge_pages(a.dispatch, bytes);
     advise_huge_pages(a.combine, bytes);
   }
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     parallel(parallel_for, s.groups * s.tokens, 0.1 * double(row * element_bytes(a.dtype)), [&](int64_t begin, int64_t end) {
-      // Stretches short enough that the two outputs' writes take turns.
+      // Few enough tokens that writes to the two outputs alternate.
       const int64_t step = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, row));
       for (int64_t token = begin; token < end; token += step) {
-        dense_tokens<T>(a, stream, token, std::min(end, token + step));
+        dense_tokens<T>(a, nontemporal, token, std::min(end, token + step));
       }
-      end_stores_past_caches();
+      fence_nontemporal_stores();
     });
   });
 }
@@ -162,4 +165,4 @@ void run(const DenseBackward& a, ParallelFor parallel_for) {
   });
 }
 
-}  // namespace TOPN_NAMESPACE
+}  // namespace topn_gating::cpu::TOPN_LEVEL

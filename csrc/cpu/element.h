@@ -1,9 +1,9 @@
-// Element types of tensors, and their elements to and from the type they are computed in.
+// The types of tensors' elements, and their conversion to and from the type in which they are computed.
 #pragma once
 
 #include "cpu/simd.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating::cpu::TOPN_LEVEL {
 
 struct BFloat16 {
   uint16_t bits;
@@ -13,9 +13,9 @@ struct Float16 {
 };
 
 template <class T>
-using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using ComputeType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Calls f with a null pointer to the element type.
+// Calls f with a null pointer whose type is the element type.
 template <class F>
 void with_type(DType dtype, const F& f) {
   switch (dtype) {
@@ -29,11 +29,12 @@ void with_type(DType dtype, const F& f) {
 using Halves = Vector<uint16_t, width<float>>;
 using Words = Vector<uint32_t>;
 
-// Floats of the 16 bits in the lower halves of words, and back: rounded to nearest, ties to even, in the lower halves.
+// Convert between floats and the 16-bit elements in the lower halves of words. `encode` rounds to nearest, ties to even. The
+// unused pointer selects the element type.
 TOPN_INLINE Floats decode(const BFloat16*, Words half) { return (Floats)(half << 16); }
 TOPN_INLINE Floats decode(const Float16*, Words half) {
   const Words magnitude = (half & 0x7fffu) << 13;
-  // Times 2^112 moves the exponent's bias, and makes denormals normal on the way; infinity and NaN keep the top exponent.
+  // The factor 2^112 changes the exponent's bias and makes denormals normal; infinity and NaN keep the highest exponent.
   const Floats moved = (Floats)magnitude * 5.192296858534828e33f;
   const Words special = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : (Words)moved;
   return (Floats)(special | ((half & 0x8000u) << 16));
@@ -47,7 +48,7 @@ TOPN_INLINE Words encode(const Float16*, Floats v) {
   const Words sign = (bits >> 16) & 0x8000u;
   const Words magnitude = bits & 0x7fffffffu;
   const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14: adding 0.5 leaves the half's denormal in the low bits, rounded by the addition.
+  // Below 2^-14, adding 0.5 rounds the number and leaves the denormal of the 16-bit type in the low bits.
   const Words denormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
   Words half = magnitude < 0x38800000u ? denormal : normal;
   half = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : half;  // 65520 and above round to infinity
@@ -55,42 +56,42 @@ TOPN_INLINE Words encode(const Float16*, Floats v) {
   return half | sign;
 }
 
-// A vector of what is computed in from that many elements, and the elements of one, for the memory that the pointer is to.
+// Load a vector of the compute type from elements at p; convert one to elements of the type that p points to; and store one.
 template <class T>
-TOPN_INLINE Floats load_real(const T* p) {
+TOPN_INLINE Floats load_elements(const T* p) {
   return decode(p, __builtin_convertvector(load<Halves>(p), Words));
 }
-TOPN_INLINE Floats load_real(const float* p) { return load<Floats>(p); }
-TOPN_INLINE Doubles load_real(const double* p) { return load<Doubles>(p); }
+TOPN_INLINE Floats load_elements(const float* p) { return load<Floats>(p); }
+TOPN_INLINE Doubles load_elements(const double* p) { return load<Doubles>(p); }
 template <class T>
-TOPN_INLINE Halves elements(const T* p, Floats v) {
+TOPN_INLINE Halves to_elements(const T* p, Floats v) {
   return __builtin_convertvector(encode(p, v), Halves);
 }
-TOPN_INLINE Floats elements(const float*, Floats v) { return v; }
-TOPN_INLINE Doubles elements(const double*, Doubles v) { return v; }
+TOPN_INLINE Floats to_elements(const float*, Floats v) { return v; }
+TOPN_INLINE Doubles to_elements(const double*, Doubles v) { return v; }
 template <class T, class V>
-TOPN_INLINE void store_real(T* p, V v) {
-  store(p, elements(p, v));
+TOPN_INLINE void store_elements(T* p, V v) {
+  store(p, to_elements(p, v));
 }
 
 template <class T>
-TOPN_INLINE RealOf<T> load_one(const T* p) {
+TOPN_INLINE ComputeType<T> load_element(const T* p) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     return *p;
   } else {
     T padded[width<float>] = {*p};
-    return load_real(padded)[0];
+    return load_elements(padded)[0];
   }
 }
 template <class T>
-TOPN_INLINE void store_one(T* p, RealOf<T> value) {
+TOPN_INLINE void store_element(T* p, ComputeType<T> value) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     *p = value;
   } else {
     T padded[width<float>];
-    store_real(padded, Floats{} + value);
+    store_elements(padded, Floats{} + value);
     *p = padded[0];
   }
 }
 
-}  // namespace TOPN_NAMESPACE
+}  // namespace topn_gating::cpu::TOPN_LEVEL

@@ -1,28 +1,27 @@
-// SPEC step 2 for types that torch has no fast product of, and the gradients of its operands, on the CPU.
+// docs/spec.md, step 2, on the CPU, for types whose products are slow in torch, and the gradients of x and of the weight.
 //
-// These products are thin: thousands of tokens against a few experts. So what is read of x serves both gradients, half types
-// become floats on the way, and the weight, which every tile of tokens needs, lies in panels: so many columns of a matrix as
-// are worked on at a time, row after row, zeros past the edge.
-#include "cpu/half.h"
+// These products are thin: thousands of tokens by a few experts. So both gradients use the same read of x, 16-bit elements are
+// converted to float in registers, and the weight, which every tile of tokens needs, is packed into panels: the columns of a
+// matrix that are processed at once, row after row, with zeros past the last column.
+#pragma once
+
+#include "cpu/element.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "cpu/workspace.h"
 
-namespace TOPN_NAMESPACE {
+namespace topn_gating::cpu::TOPN_LEVEL {
 namespace {
 
-constexpr int kVectors = 2;  // of a panel
-constexpr int kRows = 6;     // worked on at a time: kRows * kVectors sums hide the latency of an addition, and fit the registers
+constexpr int kVectors = 2;  // vectors of a panel
+constexpr int kRows = 6;     // rows processed at once: kRows * kVectors sums hide an addition's latency and fit the registers
 template <class R>
 constexpr int panel = kVectors * width<R>;
 
-constexpr int64_t kLinearTile = 11 * kRows;  // tokens whose operands a core's second cache holds, with the weight
-constexpr double kTermCost = 0.013;          // nanoseconds of a core for two numbers' product: see `parallel`
+constexpr int64_t kLinearTile = 11 * kRows;  // tokens whose operands fit a core's second-level cache beside the weight
+constexpr double kTermCost = 0.013;          // of a product of two numbers, for `parallel`
 
-inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
-// For r < Rows and the columns of a panel: out[r * out_stride + column] is Σ_i a[r * stride + i * step] b[i][column], or grows by
-// it. A function of its own, so that the sums lie in registers whatever is done with them.
+// Writes out[r * out_stride + column] = Σ_i a[r * stride + i * step] b[i][column] for r < Rows and the columns of a panel b, or
+// with Add adds the sums to it. It is not inlined, so that the sums stay in registers whatever the caller does with them.
 template <int Rows, bool Add, class R>
 __attribute__((noinline)) void multiply_rows(const R* a, int64_t stride, int64_t step, const R* b, int64_t terms, R* out,
                                              int64_t out_stride) {
@@ -41,7 +40,7 @@ __attribute__((noinline)) void multiply_rows(const R* a, int64_t stride, int64_t
     for (int v = 0; v < kVectors; ++v) column[v] = load<V>(b + i * panel<R> + v * width<R>);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const V factor = a[r * stride + i * step] - V{};  // in all lanes; to add a zero would take an instruction
+      const V factor = a[r * stride + i * step] - V{};  // a broadcast; adding a zero would take an instruction
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) total[r][v] += factor * column[v];
     }
@@ -53,7 +52,7 @@ __attribute__((noinline)) void multiply_rows(const R* a, int64_t stride, int64_t
   }
 }
 
-// The same for r < rows, at most kRows of them.
+// Does the same for r < rows, where rows <= kRows.
 template <bool Add, class R>
 void multiply(int64_t rows, const R* a, int64_t stride, int64_t step, const R* b, int64_t terms, R* out, int64_t out_stride) {
   switch (rows) {
@@ -66,39 +65,39 @@ void multiply(int64_t rows, const R* a, int64_t stride, int64_t step, const R* b
   }
 }
 
-// Runs f(first, rows) over all rows, in parts of kRows at most that are about as large: a small one would wait for its sums.
+// Runs f(first, rows) on parts of at most kRows rows that are about equally large: a small part would wait for its additions.
 template <class F>
 TOPN_INLINE void for_rows(int64_t count, const F& f) {
   int64_t first = 0;
-  for (int64_t parts = (count + kRows - 1) / kRows; parts > 0; --parts) {
-    const int64_t rows = (count - first + parts - 1) / parts;
+  for (int64_t parts = ceil_div(count, kRows); parts > 0; --parts) {
+    const int64_t rows = ceil_div(count - first, parts);
     f(first, rows);
     first += rows;
   }
 }
 
-// Vector v of `count` elements from p on, as R; zeros past them.
+// Loads vector v of the `count` elements at p, converted to R; zeros past the last one.
 template <class R, class T>
-TOPN_INLINE Vector<R> load_part(const T* p, int v, int64_t count) {
+TOPN_INLINE Vector<R> load_padded(const T* p, int v, int64_t count) {
   constexpr int w = width<R>;
   const int64_t left = count - v * w;
-  if (left >= w) return load_real(p + v * w);
+  if (left >= w) return load_elements(p + v * w);
   T padded[w] = {};
   if (left > 0) std::memcpy(padded, p + v * w, left * sizeof(T));
-  return load_real(padded);
+  return load_elements(padded);
 }
-// The way back.
+// Stores vector v of the `count` elements at p; nothing past the last one.
 template <class T, class V>
-TOPN_INLINE void store_part(T* p, int v, int64_t count, V values) {
-  constexpr int w = width<RealOf<T>>;
+TOPN_INLINE void store_padded(T* p, int v, int64_t count, V values) {
+  constexpr int w = width<ComputeType<T>>;
   const int64_t left = count - v * w;
-  if (left >= w) return store_real(p + v * w, values);
+  if (left >= w) return store_elements(p + v * w, values);
   T padded[w];
-  store_real(padded, values);
+  store_elements(padded, values);
   if (left > 0) std::memcpy(p + v * w, padded, left * sizeof(T));
 }
 
-// Panels of `columns` columns of rows that begin `stride` elements from each other; a panel has room for `room` of them.
+// Packs `count` rows of `columns` elements, `stride` elements apart, into panels. A panel has room for `room` rows.
 template <class R, class T>
 void pack(const T* rows, int64_t count, int64_t stride, int64_t columns, R* panels, int64_t room) {
   for (int64_t i = 0; i < count; ++i) {
@@ -106,10 +105,10 @@ void pack(const T* rows, int64_t count, int64_t stride, int64_t columns, R* pane
     R* to = panels + i * panel<R>;
     int64_t j = 0;
     for (; j + panel<R> <= columns; j += panel<R>, to += room * panel<R>) {
-      for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_real(row + j + v * width<R>));
+      for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_elements(row + j + v * width<R>));
     }
     if (j == columns) continue;
-    for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_part<R>(row + j, v, columns - j));
+    for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_padded<R>(row + j, v, columns - j));
   }
 }
 
@@ -118,11 +117,11 @@ void convert(const T* from, int64_t count, R* to) {
   if constexpr (std::is_same_v<R, T>) {
     std::memcpy(to, from, count * sizeof(R));
   } else {
-    for (int64_t i = 0; i < count; i += width<R>) store_part(to + i, 0, count - i, load_part<R>(from + i, 0, count - i));
+    for (int64_t i = 0; i < count; i += width<R>) store_padded(to + i, 0, count - i, load_padded<R>(from + i, 0, count - i));
   }
 }
 
-// Panels of the weight's transpose: columns are experts, rows are features.
+// Packs the transpose of the weight into panels: their columns are experts, their rows features.
 template <class R, class T>
 void pack_transposed(const T* weight, int64_t experts, int64_t dim, R* panels) {
   Scratch<R> features(dim);
@@ -134,11 +133,11 @@ void pack_transposed(const T* weight, int64_t experts, int64_t dim, R* panels) {
   }
 }
 
-// Logits of a tile of tokens, a block of features at a time.
+// Computes the logits of a tile of tokens, a block of features at a time.
 template <class T>
 class LinearTile {
  public:
-  LinearTile(const Linear& args, const RealOf<T>* weight)
+  LinearTile(const Linear& args, const ComputeType<T>* weight)
       : a_(args), weight_(weight), columns_(round_up(a_.experts, panel<R>)), x_(kLinearTile * kLinearBlock),
         z_(kLinearTile * columns_) {}
 
@@ -155,13 +154,13 @@ class LinearTile {
     T* logits = static_cast<T*>(a_.logits) + first * a_.experts;
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t e = 0; e < columns_; e += width<R>) {
-        store_part(logits + t * a_.experts + e, 0, a_.experts - e, load<Vector<R>>(z_ + t * columns_ + e));
+        store_padded(logits + t * a_.experts + e, 0, a_.experts - e, load<Vector<R>>(z_ + t * columns_ + e));
       }
     }
   }
 
  private:
-  using R = RealOf<T>;
+  using R = ComputeType<T>;
 
   void add(int64_t tokens, int64_t e, const R* weight, int64_t terms) {
     for_rows(tokens, [&](int64_t t, int64_t rows) {
@@ -171,24 +170,24 @@ class LinearTile {
 
   const Linear& a_;
   const R* weight_;
-  int64_t columns_;  // experts, in whole panels
+  int64_t columns_;  // experts, rounded up to whole panels
   Scratch<R> x_;     // (tile, block)
   Scratch<R> z_;     // (tile, columns)
 };
 
-// A block of features and a chunk of tokens: what one thread makes of both gradients at a time.
+// Computes both gradients for a block of features and a chunk of tokens.
 template <class T>
 class LinearGradient {
  public:
-  LinearGradient(const LinearBackward& args, const LinearCut& cut, const RealOf<T>* weight, RealOf<T>* sums)
-      : a_(args), cut_(cut), weight_(weight), sums_(sums), grad_(kLinearTile * a_.experts), x_(kLinearTile * cut.block) {}
+  LinearGradient(const LinearBackward& args, const LinearPlan& plan, const ComputeType<T>* weight, ComputeType<T>* sums)
+      : a_(args), plan_(plan), weight_(weight), sums_(sums), grad_(kLinearTile * a_.experts), x_(kLinearTile * plan.block) {}
 
   void run(int64_t chunk, int64_t block) {
-    const int64_t column = block * cut_.block, columns = std::min(cut_.block, a_.dim - column);
-    const int64_t end = std::min(a_.tokens, (chunk + 1) * cut_.chunk);
-    R* sums = sums_ + chunk * a_.experts * cut_.columns + column * a_.experts;
+    const int64_t column = block * plan_.block, columns = std::min(plan_.block, a_.dim - column);
+    const int64_t end = std::min(a_.tokens, (chunk + 1) * plan_.chunk);
+    R* sums = sums_ + chunk * a_.experts * plan_.columns + column * a_.experts;
     if (a_.grad_weight != nullptr) std::fill_n(sums, round_up(columns, panel<R>) * a_.experts, R(0));
-    for (int64_t first = chunk * cut_.chunk; first < end; first += kLinearTile) {
+    for (int64_t first = chunk * plan_.chunk; first < end; first += kLinearTile) {
       const int64_t count = std::min(kLinearTile, end - first);
       convert(static_cast<const T*>(a_.grad_logits) + first * a_.experts, count * a_.experts, static_cast<R*>(grad_));
       if (a_.grad_weight != nullptr) {
@@ -202,7 +201,7 @@ class LinearGradient {
   }
 
  private:
-  using R = RealOf<T>;
+  using R = ComputeType<T>;
 
   void add_to_weight(int64_t tokens, int64_t j, R* sums) {
     for_rows(a_.experts, [&](int64_t e, int64_t rows) {
@@ -225,9 +224,9 @@ class LinearGradient {
         for (int v = 0; v < kVectors; ++v) {
           const auto sums = load<Vector<R>>(part + r * panel<R> + v * width<R>);
           if (columns >= panel<R>) {
-            store_real(grad_x + r * a_.dim + v * width<R>, sums);
+            store_elements(grad_x + r * a_.dim + v * width<R>, sums);
           } else {
-            store_part(grad_x + r * a_.dim, v, columns, sums);
+            store_padded(grad_x + r * a_.dim, v, columns, sums);
           }
         }
       }
@@ -235,26 +234,26 @@ class LinearGradient {
   }
 
   const LinearBackward& a_;
-  const LinearCut& cut_;
+  const LinearPlan& plan_;
   const R* weight_;
   R* sums_;
   Scratch<R> grad_;  // (tile, e)
   Scratch<R> x_;     // panels of (tile, block)
 };
 
-// Adds the chunks' sums up, in order, for the panels of `begin` to `end`.
+// Adds the sums of the chunks, in order, for the panels from `begin` to `end` - 1, and writes the weight's gradient.
 template <class T>
-void add_chunks(const LinearBackward& a, const LinearCut& cut, const RealOf<T>* sums, int64_t begin, int64_t end) {
-  using R = RealOf<T>;
+void add_chunks(const LinearBackward& a, const LinearPlan& plan, const ComputeType<T>* sums, int64_t begin, int64_t end) {
+  using R = ComputeType<T>;
   for (int64_t j = begin * panel<R>; j < std::min(a.dim, end * panel<R>); j += panel<R>) {
     for (int64_t e = 0; e < a.experts; ++e) {
       for (int v = 0; v < kVectors; ++v) {
-        const R* of_chunk = sums + j * a.experts + e * panel<R> + v * width<R>;
+        const R* first = sums + j * a.experts + e * panel<R> + v * width<R>;
         Vector<R> sum{};
-        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-          sum += load<Vector<R>>(of_chunk + chunk * a.experts * cut.columns);
+        for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+          sum += load<Vector<R>>(first + chunk * a.experts * plan.columns);
         }
-        store_part(static_cast<T*>(a.grad_weight) + e * a.dim + j, v, a.dim - j, sum);
+        store_padded(static_cast<T*>(a.grad_weight) + e * a.dim + j, v, a.dim - j, sum);
       }
     }
   }
@@ -265,10 +264,10 @@ void add_chunks(const LinearBackward& a, const LinearCut& cut, const RealOf<T>* 
 void run(const Linear& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    using R = RealOf<T>;
+    using R = ComputeType<T>;
     Scratch<R> weight(round_up(a.experts, panel<R>) * a.dim);
     pack_transposed(static_cast<const T*>(a.weight), a.experts, a.dim, static_cast<R*>(weight));
-    const int64_t tiles = (a.tokens + kLinearTile - 1) / kLinearTile;
+    const int64_t tiles = ceil_div(a.tokens, kLinearTile);
     parallel(parallel_for, tiles, kTermCost * double(kLinearTile * a.dim * a.experts), [&](int64_t begin, int64_t end) {
       LinearTile<T> tile(a, weight);
       for (int64_t i = begin; i < end; ++i) tile.run(i * kLinearTile);
@@ -279,22 +278,22 @@ void run(const Linear& a, ParallelFor parallel_for) {
 void run(const LinearBackward& a, ParallelFor parallel_for) {
   with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    using R = RealOf<T>;
-    const LinearCut cut(a);
-    Scratch<R> weight(a.grad_x == nullptr ? 0 : a.experts * cut.columns);
+    using R = ComputeType<T>;
+    const LinearPlan plan(a);
+    Scratch<R> weight(a.grad_x == nullptr ? 0 : a.experts * plan.columns);
     if (a.grad_x != nullptr) pack(static_cast<const T*>(a.weight), a.experts, a.dim, a.dim, static_cast<R*>(weight), a.experts);
     R* sums = static_cast<R*>(a.workspace);
-    const double terms = double(cut.chunk * cut.block * a.experts) * ((a.grad_x != nullptr) + (a.grad_weight != nullptr));
-    parallel(parallel_for, cut.chunks * cut.blocks, kTermCost * terms, [&](int64_t begin, int64_t end) {
-      LinearGradient<T> gradient(a, cut, weight, sums);
-      for (int64_t i = begin; i < end; ++i) gradient.run(i / cut.blocks, i % cut.blocks);
+    const double terms = double(plan.chunk * plan.block * a.experts) * ((a.grad_x != nullptr) + (a.grad_weight != nullptr));
+    parallel(parallel_for, plan.chunks * plan.blocks, kTermCost * terms, [&](int64_t begin, int64_t end) {
+      LinearGradient<T> gradient(a, plan, weight, sums);
+      for (int64_t i = begin; i < end; ++i) gradient.run(i / plan.blocks, i % plan.blocks);
     });
     if (a.grad_weight == nullptr) return;
-    const int64_t panels = round_up(a.dim, panel<R>) / panel<R>;
-    parallel(parallel_for, panels, 0.2 * double(cut.chunks * a.experts * panel<R>), [&](int64_t begin, int64_t end) {
-      add_chunks<T>(a, cut, sums, begin, end);
+    const int64_t panels = ceil_div(a.dim, panel<R>);
+    parallel(parallel_for, panels, 0.2 * double(plan.chunks * a.experts * panel<R>), [&](int64_t begin, int64_t end) {
+      add_chunks<T>(a, plan, sums, begin, end);
     });
   });
 }
 
-}  // namespace TOPN_NAMESPACE
+}  // namespace topn_gating::cpu::TOPN_LEVEL
