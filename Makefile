@@ -29,6 +29,7 @@ router-bench: $(VENV)/kernels
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 # The kernel layer without torch, and the CUDA kernels on the host beside the CPU's.
 kernels: $(VENV)/kernels

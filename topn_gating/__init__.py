@@ -1,9 +1,10 @@
 """Mixture-of-Experts routing: top-n gating with capacity, exact, deterministic and fast, forward and backward."""
 
+from .functional import combine, dispatch, expert_capacity, route
 from .gating import TopNGating
 from .moe import Experts, MixtureOfExpertsReturn, MoE
 from .ops import build_info
-from .routing import Routing, combine, dispatch, expert_capacity, route
+from .routing import Routing
 
 __version__ = "0.1.0"
 

@@ -1,10 +1,19 @@
 """What a user can get wrong, said once, before anything runs: every message names the argument, what it got, what it takes."""
 
-import math
+import operator
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .dtypes import FLOAT_TYPES
+from .eager import readable
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+INT32_MAX = 2**31 - 1
+SYMBOLS = (torch.SymFloat, torch.SymInt)  # numbers of a compiler, whose values are not to be asked for
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -13,11 +22,62 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def threshold_per_rank(name: str, threshold: float | tuple[float, ...], top_n: int, num_gates: int) -> tuple[float, ...]:
-    """One threshold for each rank from rank 1 on, checked; a longer tuple of at most ``num_gates - 1`` is cut."""
+def check_instance(name: str, value: Any, expected: type, shown: str) -> None:
+    """Raises unless ``value`` is an instance of ``expected``, which the message calls ``shown``."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a {shown}, got {type(value).__name__}")
+
+
+def check_number(name: str, value: float) -> float:
+    """Returns ``value``, which must be a finite number, in float32 too, as a float; a symbolic one as it is."""
+    value = _number(name, value)
+    if not (isinstance(value, SYMBOLS) or -FLOAT32_MAX <= value <= FLOAT32_MAX):
+        raise ValueError(f"{name} must be finite, in float32 too, got {value}")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """Returns ``value``, which must be a finite number above 0, in float32 too, as a float; a symbolic one as it is."""
+    value = _number(name, value)
+    if not (value > 0 and (isinstance(value, SYMBOLS) or value <= FLOAT32_MAX)):
+        raise ValueError(f"{name} must be finite, in float32 too, and above 0, got {value}")
+    return value
+
+
+def _number(name: str, value: float) -> float:
+    if type(value) is float or isinstance(value, SYMBOLS):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_count(name: str, value: int) -> int:
+    """Returns ``value``, which must be an integer from 1 to 2^31 - 1, as an int; a symbolic one as it is."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if type(value) is not int:
+        if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        value = operator.index(value)
+    if not 1 <= value <= INT32_MAX:
+        raise ValueError(f"{name} must be at least 1 and below 2^31, got {value}")
+    return value
+
+
+def check_top_n(top_n: int, num_gates: int) -> int:
+    """Returns ``top_n``, which must be from 1 to ``num_gates``."""
+    top_n = check_count("top_n", top_n)
+    if top_n > num_gates:
+        raise ValueError(f"top_n must be at most num_gates ({num_gates}), got {top_n}")
+    return top_n
+
+
+def threshold_per_rank(name: str, threshold: float | Sequence[float], top_n: int, num_gates: int) -> tuple[float, ...]:
+    """Returns one threshold for each rank from rank 1 on; of a longer sequence of at most ``num_gates - 1``, the first."""
     per_rank = isinstance(threshold, tuple | list)
-    values = tuple(threshold) if per_rank else (threshold,)
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    values = tuple(threshold) if isinstance(threshold, tuple | list) else (threshold,)
+    if not all(isinstance(v, Real) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be a float or a tuple of floats, got {threshold!r}")
     if per_rank and not top_n - 1 <= len(values) <= num_gates - 1:
         raise ValueError(
@@ -26,63 +86,100 @@ def threshold_per_rank(name: str, threshold: float | tuple[float, ...], top_n: i
         )
     if not all(v >= 0 for v in values):
         raise ValueError(f"{name} must not be negative or NaN, got {threshold!r}")
-    return values[: top_n - 1] if per_rank else values * (top_n - 1)
+    floats = tuple(map(float, values))
+    return floats[: top_n - 1] if per_rank else floats * (top_n - 1)
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raises unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, got {value}")
+def check_threshold(threshold: Tensor, top_n: int, device: torch.device) -> None:
+    """Raises unless ``threshold`` has shape ``(top_n,)`` and, where its values can be read at once, none from 1 on is bad."""
+    if threshold.shape != (top_n,) or not threshold.is_floating_point():
+        got = f"{tuple(threshold.shape)} {threshold.dtype}"
+        raise ValueError(f"threshold must be a tensor of shape ({top_n},) and a float type, got {got}")
+    _check_dense("threshold", threshold)
+    if threshold.device != device:
+        raise ValueError(f"threshold must be on {device}, got {threshold.device}")
+    if readable(threshold):
+        values = threshold.tolist()
+        if not all(v >= 0 for v in values[1:]):
+            raise ValueError(f"threshold must not be negative or NaN from its second entry on, got {values}")
 
 
-def check_count(name: str, value: int) -> None:
-    """Raises unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def check_top_n(top_n: int, num_gates: int) -> None:
-    """Raises unless ``1 <= top_n <= num_gates``."""
-    check_count("top_n", top_n)
-    if top_n > num_gates:
-        raise ValueError(f"top_n must be at most num_gates ({num_gates}), got {top_n}")
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    """Raises unless ``dtype`` is None or a type that the kernels have."""
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {type(dtype).__name__}")
+    if not (dtype is None or dtype in FLOAT_TYPES):
+        raise ValueError(f"{name} must be a floating point type, one of {_shown(FLOAT_TYPES)}, got {dtype}")
 
 
 def check_floating(name: str, t: Tensor) -> None:
-    """Raises unless ``t`` is a tensor of one of the four types that the kernels take."""
+    """Raises unless ``t`` is a dense tensor of one of the four types that the kernels have."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+    if t.dtype not in FLOAT_TYPES:
+        raise TypeError(f"{name} must be one of {_shown(FLOAT_TYPES)}, got {t.dtype}")
+    _check_dense(name, t)
 
 
-def check_logits(logits: Tensor, top_n: int) -> None:
-    """Raises unless ``logits`` is ``(…, n, e)`` with ``top_n`` experts or more."""
+def check_tokens(x: Tensor, dim: int, device: torch.device) -> None:
+    """Raises unless ``x`` is ``(…, n, dim)`` of floats on ``device``."""
+    check_floating("x", x)
+    if x.dim() < 2 or x.shape[-1] != dim:
+        raise ValueError(f"x must have shape (..., tokens, {dim}), got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"x must be on {device} with the gate's thresholds, got {x.device}")
+
+
+def check_logits(logits: Tensor, top_n: int) -> int:
+    """Raises unless ``logits`` is ``(…, n, e)`` with ``top_n`` experts or more; returns ``top_n``."""
     check_floating("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., tokens, experts) with an expert or more, got {tuple(logits.shape)}")
-    check_top_n(top_n, logits.shape[-1])
+    return check_top_n(top_n, logits.shape[-1])
 
 
-def check_tensor(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raises unless ``t`` is a tensor of that shape, dtype and device."""
+def check_tensor(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises unless ``t`` is a dense tensor of that shape, dtype and device."""
     if not isinstance(t, Tensor) or t.dtype != dtype:
         raise TypeError(f"{name} must be a {dtype} tensor, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
+    _check_dense(name, t)
     if tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
     if t.device != device:
         raise ValueError(f"{name} must be on {device}, got {t.device}")
 
 
-def check_rows(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises unless ``t`` holds rows of features for ``shape``, of a type and on the device that the kernels take."""
+def check_rows(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Raises unless ``t`` holds rows of features for ``shape``, of a type that the kernels have, on ``device``."""
     check_floating(name, t)
     if t.dim() == 0 or tuple(t.shape[:-1]) != tuple(shape):
         rows = ", ".join(map(str, shape))
         raise ValueError(f"{name} must have shape ({rows}, features) for this routing, got {tuple(t.shape)}")
     if t.device != device:
         raise ValueError(f"{name} must be on {device} with its routing, got {t.device}")
+
+
+def check_same_type(x: Tensor, weight: Tensor, owner: str) -> None:
+    """Raises unless ``x`` has the type of the weight of ``owner``: only autocast converts either."""
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"x must be {weight.dtype} like the {owner} weight, or come where autocast converts both, got {x.dtype}"
+        )
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Raises unless ``generator`` is None or draws on ``device``."""
+    if generator is None:
+        return
+    check_instance("generator", generator, torch.Generator, "torch.Generator or None")
+    if torch.empty(0, device=generator.device).device != device:
+        raise ValueError(f"generator must be on {device}, got {generator.device}")
+
+
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.is_nested or t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if t.is_nested else t.layout} one")
+
+
+def _shown(types: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(t).removeprefix("torch.") for t in types)

@@ -22,7 +22,7 @@ def run(function: type[Function], *args: Any) -> Any:
     if transforms_active():
         return function.apply(*args)
     if asks_for_gradient(*args[:2]):
-        return super(Function, function).apply(*args)
+        return super(Function, function).apply(*args)  # type: ignore[misc]  # of torch._C, which tells mypy nothing
     return function.forward(*args)
 
 
@@ -47,3 +47,14 @@ def below_autograd(overload: OpOverload, *args: Any) -> Any:
     """Calls an operator without a look at its gradient, which is the caller's affair."""
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*args)
+
+
+def readable(t: Tensor) -> bool:
+    """Whether ``t``'s values can be read at once: a CPU tensor that no compiler, transform or tracer stands behind."""
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -1,14 +1,24 @@
 """The gating module, drop-in for ``zeta.nn.TopNGating`` and ``st_moe_pytorch.TopNGating``."""
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_floating, check_positive, check_top_n, threshold_per_rank
-from .dtypes import autocast_dtype
+from .checks import (
+    check_choice,
+    check_count,
+    check_dtype,
+    check_positive,
+    check_tokens,
+    check_top_n,
+    threshold_per_rank,
+)
+from .dtypes import without_autocast
+from .functional import BALANCE_ON, BalanceOn, expert_capacity, route
 from .linear import GateLinear
-from .ops import POLICIES
-from .routing import BALANCE_ON, Routing, expert_capacity, route
+from .ops import POLICIES, Policy
+from .routing import Routing
 
 
 class TopNGating(nn.Module):
@@ -37,7 +47,10 @@ class TopNGating(nn.Module):
         policy_eval: the same in eval mode.
         balance_on: ``"routed"``: the balance loss counts tokens before the capacity drop; ``"kept"``: after it, as the
             peers do.
-        router_dtype: type of the gate's matrix product, computed with autocast off; None leaves it to torch's rules.
+        router_dtype: type of the gate's matrix product and of the logits, with autocast off; None leaves it to torch's rules.
+            It belongs to the :class:`topn_gating.linear.GateLinear` that the constructor makes, wherever that stands: behind
+            hooks or a parametrisation, or inside a wrapper as of LoRA. Any other module in the place of ``to_gates`` is called
+            with autocast off on an ``x`` of its first parameter's type, computes as it does, and its logits are converted.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -64,8 +77,8 @@ class TopNGating(nn.Module):
         num_gates: int,
         eps: float = 1e-9,
         top_n: int = 2,
-        threshold_train: float | tuple[float, ...] = 0.2,
-        threshold_eval: float | tuple[float, ...] = 0.2,
+        threshold_train: float | Sequence[float] = 0.2,
+        threshold_eval: float | Sequence[float] = 0.2,
         capacity_factor_train: float = 1.25,
         capacity_factor_eval: float = 2.0,
         straight_through_dispatch_tensor: bool = True,
@@ -73,50 +86,54 @@ class TopNGating(nn.Module):
         differentiable_topk_fused: bool = True,
         min_expert_capacity: int = 4,
         *,
-        policy_train: str = "random",
-        policy_eval: str = "random",
-        balance_on: str = "routed",
+        policy_train: Policy = "random",
+        policy_eval: Policy = "random",
+        balance_on: BalanceOn = "routed",
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("dim", dim)
-        check_count("num_gates", num_gates)
-        check_count("min_expert_capacity", min_expert_capacity)
-        check_top_n(top_n, num_gates)
-        check_positive("eps", eps)
-        check_positive("capacity_factor_train", capacity_factor_train)
-        check_positive("capacity_factor_eval", capacity_factor_eval)
         check_choice("policy_train", policy_train, POLICIES)
         check_choice("policy_eval", policy_eval, POLICIES)
         check_choice("balance_on", balance_on, BALANCE_ON)
-        if not (router_dtype is None or isinstance(router_dtype, torch.dtype)):
-            raise TypeError(f"router_dtype must be a torch.dtype or None, got {type(router_dtype).__name__}")
-        if router_dtype is not None and not router_dtype.is_floating_point:
-            raise ValueError(f"router_dtype must be a floating point type, got {router_dtype}")
+        check_dtype("router_dtype", router_dtype)
 
-        self.dim = dim
-        self.num_gates = num_gates
-        self.eps = eps
-        self.top_n = top_n
-        self.capacity_factor_train = capacity_factor_train
-        self.capacity_factor_eval = capacity_factor_eval
+        self.dim = check_count("dim", dim)
+        self.num_gates = check_count("num_gates", num_gates)
+        self.eps = check_positive("eps", eps)
+        self.top_n = check_top_n(top_n, self.num_gates)
+        self.capacity_factor_train = check_positive("capacity_factor_train", capacity_factor_train)
+        self.capacity_factor_eval = check_positive("capacity_factor_eval", capacity_factor_eval)
         self.straight_through_dispatch_tensor = straight_through_dispatch_tensor
         self.differentiable_topk = differentiable_topk
         self.differentiable_topk_fused = differentiable_topk_fused
-        self.min_expert_capacity = min_expert_capacity
+        self.min_expert_capacity = check_count("min_expert_capacity", min_expert_capacity)
         self.policy_train = policy_train
         self.policy_eval = policy_eval
         self.balance_on = balance_on
         self.router_dtype = router_dtype
+        self._thresholds = {
+            "threshold_train": threshold_per_rank("threshold_train", threshold_train, self.top_n, self.num_gates),
+            "threshold_eval": threshold_per_rank("threshold_eval", threshold_eval, self.top_n, self.num_gates),
+        }
 
-        self.to_gates = GateLinear(dim, num_gates, device=device, dtype=dtype)
-        for name, threshold in (("threshold_train", threshold_train), ("threshold_eval", threshold_eval)):
-            per_rank = threshold_per_rank(name, threshold, top_n, num_gates)
-            self.register_buffer(name, torch.tensor([eps, *per_rank], device=device, dtype=dtype))
+        self.to_gates: nn.Module = GateLinear(self.dim, self.num_gates, router_dtype=router_dtype, device=device, dtype=dtype)
+        for name in self._thresholds:
+            self.register_buffer(name, torch.empty(self.top_n, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Writes the constructor's thresholds into their buffers, for example after ``to_empty``.
+
+        As torch expects of this method, it leaves the submodules alone: ``to_gates`` has one of its own.
+        """
+        with torch.no_grad():
+            for name, per_rank in self._thresholds.items():
+                self.get_buffer(name).copy_(torch.tensor([self.eps, *per_rank], dtype=torch.float64))
 
     def extra_repr(self) -> str:
+        """What ``repr`` shows between the parentheses."""
         return (
             f"dim={self.dim}, num_gates={self.num_gates}, top_n={self.top_n}, "
             f"capacity_factor=({self.capacity_factor_train}, {self.capacity_factor_eval}), "
@@ -124,19 +141,20 @@ class TopNGating(nn.Module):
         )
 
     def capacity(self, tokens: int) -> int:
-        """Slots an expert has for a group of ``tokens``, in the module's present mode (SPEC step 1)."""
+        """Slots an expert has for a group of ``tokens``, in the module's present mode."""
         factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
         return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Gate logits ``(…, n, e)`` of tokens ``x`` ``(…, n, dim)`` (SPEC step 2)."""
-        if self.router_dtype is None:
-            return self.to_gates(x)
-        operands = x.to(self.router_dtype), self.to_gates.weight.to(self.router_dtype)
-        if autocast_dtype(x.device) is None:
-            return F.linear(*operands)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(*operands)
+        """Gate logits ``(…, n, e)`` of tokens ``x`` ``(…, n, dim)``: those of ``to_gates``."""
+        logits: Tensor
+        if self.router_dtype is None or getattr(self.to_gates, "router_dtype", None) == self.router_dtype:
+            logits = self.to_gates(x)
+            return logits
+        dtypes = (p.dtype for p in self.to_gates.parameters() if p.is_floating_point())
+        with without_autocast(x.device):
+            logits = self.to_gates(x.to(next(dtypes, self.router_dtype)))
+        return logits.to(self.router_dtype)
 
     def route(
         self,
@@ -145,6 +163,7 @@ class TopNGating(nn.Module):
         noise_mult: float = 1.0,
         *,
         token_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Routing:
         """The routing of tokens ``x``, in the compact form.
 
@@ -153,16 +172,13 @@ class TopNGating(nn.Module):
             noise_gates: adds Gumbel noise to the logits.
             noise_mult: its factor.
             token_mask: ``(…, n)`` bool, True where the token is real.
+            generator: draws the random numbers, first the noise's, then the random policy's; by default torch's own.
 
         Raises:
-            TypeError: ``x`` or ``token_mask`` is of the wrong type.
-            ValueError: ``x`` or ``token_mask`` has the wrong shape or device.
+            TypeError: an argument is of the wrong type.
+            ValueError: an argument has the wrong value, shape or device.
         """
-        check_floating("x", x)
-        if x.dim() < 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape (..., tokens, {self.dim}), got {tuple(x.shape)}")
-        if x.device != self.to_gates.weight.device:
-            raise ValueError(f"x must be on {self.to_gates.weight.device} with the gate's weight, got {x.device}")
+        check_tokens(x, self.dim, self.threshold_train.device)
         return route(
             self.logits(x),
             self.top_n,
@@ -173,6 +189,7 @@ class TopNGating(nn.Module):
             noise_gates=noise_gates,
             noise_mult=noise_mult,
             token_mask=token_mask,
+            generator=generator,
             differentiable_topk=self.differentiable_topk,
             differentiable_topk_fused=self.differentiable_topk_fused,
             straight_through=self.straight_through_dispatch_tensor,
@@ -187,6 +204,7 @@ class TopNGating(nn.Module):
         noise_mult: float = 1.0,
         *,
         token_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``dispatch, combine, balance_loss, router_z_loss`` of tokens ``x``; arguments as :meth:`route`.
 
@@ -194,6 +212,6 @@ class TopNGating(nn.Module):
             ``dispatch`` and ``combine``, ``(…, n, e, C)`` of x's type, and the two losses, ``()`` in float32 (float64 for
             float64), which are 0 in eval mode.
         """
-        routing = self.route(x, noise_gates, noise_mult, token_mask=token_mask)
+        routing = self.route(x, noise_gates, noise_mult, token_mask=token_mask, generator=generator)
         dispatch, combine = routing.dense(x.dtype)
         return dispatch, combine, routing.balance_loss, routing.router_z_loss

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_same_type
 from .dtypes import autocast_dtype, without_autocast
 from .eager import forward_mode_active, run, transforms_active
 from .ops import Linear
@@ -70,11 +71,8 @@ class GateLinear(nn.Linear):
             with without_autocast(x.device):
                 return _product(*operands)
         autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-        if x.dtype != weight.dtype and (autocast is None or weight.dtype == torch.float64):
-            raise TypeError(
-                f"x must be {weight.dtype} like the gate's weight (or come under autocast, or to a gate with a router_dtype), "
-                f"got {x.dtype}"
-            )
+        if autocast is None or weight.dtype == torch.float64:
+            check_same_type(x, weight, "gate's")
         if autocast is None:
             return _product(x, weight, bias)
         if x.device.type == "cpu" and autocast in SLOW_TYPES:
@@ -84,11 +82,13 @@ class GateLinear(nn.Linear):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of operands of one type, by the fastest way."""
-    if x.device.type != "cpu" or forward_mode_active():
-        return F.linear(x, weight, bias)
-    if x.dtype in SLOW_TYPES:
+    logits: Tensor
+    if x.device.type == "cpu" and x.dtype in SLOW_TYPES and not forward_mode_active():
         logits = Linear.call(x, weight)
         return logits if bias is None else logits + bias
-    if bias is not None or torch.compiler.is_compiling() or transforms_active():
-        return F.linear(x, weight, bias)
-    return run(TorchLinear, x, weight)
+    special = torch.compiler.is_compiling() or transforms_active() or forward_mode_active()
+    if x.device.type != "cpu" or bias is not None or special:
+        logits = F.linear(x, weight, bias)
+        return logits
+    logits = run(TorchLinear, x, weight)
+    return logits

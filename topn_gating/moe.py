@@ -1,15 +1,17 @@
 """A Mixture-of-Experts layer on the compact form, with the names of ``st_moe_pytorch.MoE``."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_count, check_positive
-from .dtypes import autocast_dtype
+from .checks import check_count, check_instance, check_positive, check_same_type
+from .dtypes import autocast
+from .functional import BalanceOn
 from .gating import TopNGating
-from .routing import combine, dispatch
+from .ops import Policy
 
 
 class MixtureOfExpertsReturn(NamedTuple):
@@ -45,16 +47,18 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("dim", dim)
-        check_count("num_experts", num_experts)
-        check_positive("hidden_mult", hidden_mult)
-        hidden = max(1, int(dim * hidden_mult * 2 / 3))
-        make = {"device": device, "dtype": dtype}
-        self.weight_in = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden, **make))
-        self.bias_in = nn.Parameter(torch.empty(num_experts, 1, 2 * hidden, **make))
-        self.mult_bias = nn.Parameter(torch.empty(num_experts, 1, hidden, **make))
-        self.weight_out = nn.Parameter(torch.empty(num_experts, hidden, dim, **make))
-        self.bias_out = nn.Parameter(torch.empty(num_experts, 1, dim, **make))
+        dim = check_count("dim", dim)
+        num_experts = check_count("num_experts", num_experts)
+        hidden = check_count("dim * hidden_mult", max(1, int(dim * check_positive("hidden_mult", hidden_mult) * 2 / 3)))
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.weight_in = parameter(num_experts, dim, 2 * hidden)
+        self.bias_in = parameter(num_experts, 1, 2 * hidden)
+        self.mult_bias = parameter(num_experts, 1, hidden)
+        self.weight_out = parameter(num_experts, hidden, dim)
+        self.bias_out = parameter(num_experts, 1, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -66,22 +70,21 @@ class Experts(nn.Module):
         nn.init.ones_(self.mult_bias)
 
     def extra_repr(self) -> str:
+        """What ``repr`` shows between the parentheses."""
         num_experts, hidden, dim = self.weight_out.shape
         return f"dim={dim}, num_experts={num_experts}, hidden={hidden}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Expert outputs ``(…, e, C, dim)`` of expert inputs ``(…, e, C, dim)``."""
-        rows = x.movedim(-3, 0).flatten(1, -2)  # (e, …·C, dim): one product an expert, whatever the number of groups
-        u, v = torch.baddbmm(*_same_type(self.bias_in, rows, self.weight_in)).chunk(2, dim=-1)
-        hidden = u * F.gelu(v) * self.mult_bias
-        rows = torch.baddbmm(*_same_type(self.bias_out, hidden, self.weight_out))
-        return rows.unflatten(1, (*x.shape[:-3], x.shape[-2])).movedim(0, -3)
-
-
-def _same_type(bias: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands of a baddbmm: autocast casts the products but not always the bias."""
-    dtype = autocast_dtype(rows.device) or rows.dtype
-    return bias.to(dtype), rows.to(dtype), weight.to(dtype)
+        x, weight_in = autocast(x), autocast(self.weight_in)
+        check_same_type(x, weight_in, "experts'")
+        by_slot = x.movedim((-3, -2), (0, 1))  # (e, C, …, dim): with the slots before the groups, export needs no guard
+        rows = by_slot.flatten(1, -2)  # one product an expert, whatever the number of groups
+        u, v = torch.baddbmm(autocast(self.bias_in), rows, weight_in).chunk(2, dim=-1)
+        hidden = autocast(u * F.gelu(v) * self.mult_bias)
+        rows = torch.baddbmm(autocast(self.bias_out), hidden, autocast(self.weight_out))
+        outputs: Tensor = rows.unflatten(1, by_slot.shape[1:-1]).movedim((0, 1), (-3, -2))
+        return outputs
 
 
 class MoE(nn.Module):
@@ -121,8 +124,8 @@ class MoE(nn.Module):
         dim: int,
         num_experts: int = 16,
         expert_hidden_mult: float = 4,
-        threshold_train: float | tuple[float, ...] = 0.2,
-        threshold_eval: float | tuple[float, ...] = 0.2,
+        threshold_train: float | Sequence[float] = 0.2,
+        threshold_eval: float | Sequence[float] = 0.2,
         capacity_factor_train: float = 1.25,
         capacity_factor_eval: float = 2.0,
         gating_top_n: int = 2,
@@ -134,18 +137,18 @@ class MoE(nn.Module):
         differentiable_topk_fused: bool = True,
         *,
         min_expert_capacity: int = 4,
-        policy_train: str = "random",
-        policy_eval: str = "random",
-        balance_on: str = "routed",
+        policy_train: Policy = "random",
+        policy_eval: Policy = "random",
+        balance_on: BalanceOn = "routed",
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not (experts is None or isinstance(experts, nn.Module)):
-            raise TypeError(f"experts must be a torch.nn.Module or None, got {type(experts).__name__}")
-        self.dim = dim
-        self.num_experts = num_experts
+        self.dim = check_count("dim", dim)
+        self.num_experts = check_count("num_experts", num_experts)
+        if experts is not None:
+            check_instance("experts", experts, nn.Module, "torch.nn.Module or None")
         self.balance_loss_coef = balance_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
         self.gate = TopNGating(
@@ -178,12 +181,13 @@ class MoE(nn.Module):
         noise_mult: float = 1.0,
         *,
         token_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> MixtureOfExpertsReturn:
         """``outputs, total_aux_loss, balance_loss, router_z_loss`` of tokens ``x`` ``(…, n, dim)``.
 
         Arguments as :meth:`TopNGating.route`. A token that every expert dropped has output 0: add the residual outside.
         """
-        routing = self.gate.route(x, noise_gates, noise_mult, token_mask=token_mask)
-        outputs = combine(self.experts(dispatch(x, routing)), routing)
+        routing = self.gate.route(x, noise_gates, noise_mult, token_mask=token_mask, generator=generator)
+        outputs = routing.combine(self.experts(routing.dispatch(x)))
         total_aux_loss = routing.balance_loss * self.balance_loss_coef + routing.router_z_loss * self.router_z_loss_coef
         return MixtureOfExpertsReturn(outputs, total_aux_loss, routing.balance_loss, routing.router_z_loss)

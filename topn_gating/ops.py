@@ -286,7 +286,8 @@ class Combine(Operator):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-        return Combine.run_backward(grad_out, *ctx.saved_tensors)
+        grad_y, grad_weight = Combine.run_backward(grad_out, *ctx.saved_tensors)
+        return grad_y, grad_weight
 
     @staticmethod
     def fake(y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor) -> Tensor:
@@ -316,14 +317,15 @@ class Linear(Operator):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for a second derivative, which torch's own products have
-            grad, rows, matrix = (t.to(compute_dtype(x.dtype)) for t in (grad, x, weight))
-            with torch.autocast("cpu", enabled=False):
-                grad_x = grad @ matrix if wants_x else None
-                grad_weight = grad.flatten(0, -2).t() @ rows.flatten(0, -2) if wants_weight else None
-        else:
+        if not torch.is_grad_enabled():
             grad_x, grad_weight = Linear.run_backward(grad, x, weight, wants_x, wants_weight)
-        return grad_x.to(x.dtype) if wants_x else None, grad_weight.to(x.dtype) if wants_weight else None
+            return grad_x if wants_x else None, grad_weight if wants_weight else None
+        grad, rows, matrix = (t.to(compute_dtype(x.dtype)) for t in (grad, x, weight))
+        with torch.autocast("cpu", enabled=False):  # torch's own products, which have a second derivative
+            return (
+                (grad @ matrix).to(x.dtype) if wants_x else None,
+                (grad.flatten(0, -2).t() @ rows.flatten(0, -2)).to(x.dtype) if wants_weight else None,
+            )
 
     @staticmethod
     def fake(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,20 +1,20 @@
 """The router in plain torch operations: the readable definition, and the oracle of the tests.
 
 Every function takes and returns what its namesake in :mod:`topn_gating` does, random numbers as tensors. Autograd
-gives the gradients. It costs what such code costs, a ``(…, n, k, e)`` one-hot and more; nothing but tests, the demo's
-comparison and ``differentiable_topk_fused=False`` uses it.
-
-"SPEC step" in this project's comments counts: 1 capacity (``expert_capacity``), 2 logits (``TopNGating.logits``), 3 noise,
-4 gates, 5 top-n, 6 weights (:func:`gate`), 7 threshold masking, 8 capacity assignment (:func:`assign`), 9 dense outputs
-(:func:`dense`), 10 losses (:func:`gate`, :func:`balance`).
+gives the gradients, of any order. It costs what such code costs, a ``(…, n, k, e)`` one-hot and more; nothing but tests,
+benchmarks and ``differentiable_topk_fused=False`` uses it.
 
 Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dtypes import compute_dtype
+from .ops import Policy
 from .routing import Routing
 
 SOFT_EPS = 0.1
@@ -28,6 +28,12 @@ def gumbel(u: Tensor) -> Tensor:
         return t.clamp(min=1e-20).log()
 
     return -log(-log(u))
+
+
+def scores(logits: Tensor, noise: Tensor | None = None, noise_mult: float = 1.0) -> Tensor:
+    """Scores that the selection compares: the logits in the type that they are computed in, with Gumbel noise."""
+    z = logits.to(compute_dtype(logits.dtype))
+    return z if noise is None else z + noise_mult * gumbel(noise)
 
 
 def soft_topn(p: Tensor, top_n: int) -> Tensor:
@@ -58,23 +64,22 @@ def gate(
     differentiable_topk: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``weight, expert (…, n, k), importance (…, e), balance_loss (), router_z_loss ()`` of logits ``(…, n, e)``."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    s = z if noise is None else z + noise_mult * gumbel(noise)
+    z, s = scores(logits), scores(logits, noise, noise_mult)
     p = s.softmax(-1)
     expert = s.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_n]
     weight = topn_weight(p, expert, eps, soft=differentiable_topk)
 
-    real = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if token_mask is None else token_mask
-    importance = mean_over_real(p, real)
-    density = mean_over_real(F.one_hot(expert[..., 0], z.shape[-1]).to(p.dtype), real)
-    z_loss = torch.where(real, z.logsumexp(-1).square(), 0).sum() / real.sum().clamp(min=1)
+    valid = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if token_mask is None else token_mask
+    importance = mean_over_valid(p, valid)
+    density = mean_over_valid(F.one_hot(expert[..., 0], z.shape[-1]).to(p.dtype), valid)
+    z_loss = torch.where(valid, z.logsumexp(-1).square(), 0).sum() / valid.sum().clamp(min=1)
     return weight, expert.int(), importance, balance(importance, density), z_loss
 
 
-def mean_over_real(t: Tensor, real: Tensor) -> Tensor:
-    """Mean of ``t`` ``(…, n, e)`` over the tokens that are real, 0 where a group has none."""
-    total = torch.where(real.unsqueeze(-1), t, 0).sum(-2)
-    return total / real.sum(-1, keepdim=True).clamp(min=1)
+def mean_over_valid(t: Tensor, valid: Tensor) -> Tensor:
+    """Mean of ``t`` ``(…, n, e)`` over the tokens that are valid, 0 where a group has none."""
+    total = torch.where(valid.unsqueeze(-1), t, 0).sum(-2)
+    return total / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
 def balance(importance: Tensor, density: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def assign(
     *,
     num_gates: int,
     capacity: int,
-    policy: str = "random",
+    policy: Policy = "random",
     draws: Tensor | None = None,
     threshold: Tensor | None = None,
     eps: float = 1e-9,
@@ -98,8 +103,11 @@ def assign(
     """``kept weight, slot (…, n, k), source (…, e, C), demand (…, e)``: threshold masking, then the slots."""
     *lead, n, top_n = weight.shape
     if policy == "random":
+        assert draws is not None
+        assert threshold is not None
         routed = draws < weight / threshold.clamp(min=eps)
     elif policy == "threshold":
+        assert threshold is not None
         routed = weight > threshold
     else:
         routed = torch.full_like(weight, policy == "all", dtype=torch.bool)
@@ -129,7 +137,7 @@ def route(
     *,
     top_n: int,
     capacity: int,
-    policy: str = "random",
+    policy: Policy = "random",
     draws: Tensor | None = None,
     threshold: Tensor | None = None,
     eps: float = 1e-9,
@@ -138,7 +146,7 @@ def route(
     token_mask: Tensor | None = None,
     differentiable_topk: bool = False,
     straight_through: bool = True,
-    balance_on: str = "routed",
+    balance_on: Literal["routed", "kept"] = "routed",
 ) -> Routing:
     """All steps from logits ``(…, n, e)`` to a :class:`topn_gating.Routing`, in train mode."""
     num_gates = logits.shape[-1]
@@ -163,9 +171,9 @@ def route(
         token_mask=token_mask,
     )
     if balance_on == "kept":
-        real = torch.ones_like(slot[..., 0], dtype=torch.bool) if token_mask is None else token_mask
+        valid = torch.ones_like(slot[..., 0], dtype=torch.bool) if token_mask is None else token_mask
         held = F.one_hot(expert[..., 0].long(), num_gates) * (slot[..., :1] >= 0)
-        balance_loss = balance(importance, mean_over_real(held.to(importance.dtype), real))
+        balance_loss = balance(importance, mean_over_valid(held.to(importance.dtype), valid))
     return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through)
 
 

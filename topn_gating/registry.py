@@ -57,8 +57,11 @@ class NoSecondDerivative(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        """Refuses."""
         _no_second_derivative()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return vmap_rule(NoSecondDerivative.apply)(info, in_dims, *args)
 
 
 def _no_second_derivative(*args: Any) -> NoReturn:
@@ -95,8 +98,6 @@ def vmap_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-NoSecondDerivative.vmap = staticmethod(vmap_rule(NoSecondDerivative.apply))
-
 OPERATORS: dict[str, type[Operator]] = {}
 _library = torch.library.Library("topn_gating", "FRAGMENT")
 _library.define("no_second_derivative(Tensor grad, Tensor input) -> Tensor grad_input")
@@ -112,10 +113,15 @@ def operator(name: str) -> Callable[[_Class], _Class]:
     def register(function: _Class) -> _Class:
         forward: OpOverload = getattr(torch.ops.topn_gating, name).default
         backward: OpOverload = getattr(torch.ops.topn_gating, f"{name}_backward").default
-        function.call, function.forward = staticmethod(_caller(function, forward)), staticmethod(_kernel(forward))
-        function.run_backward = staticmethod(functools.partial(_run_backward, backward))
-        function.backward = staticmethod(_with_nones(function.backward, len(forward._schema.arguments)))
-        function.vmap = staticmethod(vmap_rule(function.apply))
+        members: dict[str, Callable[..., Any]] = {
+            "call": _caller(function, forward),
+            "forward": _kernel(forward),
+            "backward": _with_nones(function.backward, len(forward._schema.arguments)),
+            "run_backward": functools.partial(_run_backward, backward),
+            "vmap": vmap_rule(function.apply),
+        }
+        for attribute, value in members.items():
+            setattr(function, attribute, staticmethod(value))
         for overload, eager, transformed, fake in (
             (forward, functools.partial(run, function), function.apply, function.fake),
             (backward, function.run_backward, functools.partial(NoSecondDerivative.apply, backward), function.fake_backward),

@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     @property
     def capacity(self) -> int:
         """Slots that an expert has for a group."""
-        return topn_gating.routing.expert_capacity(self.shape.n, self.shape.e, self.capacity_factor)
+        return topn_gating.expert_capacity(self.shape.n, self.shape.e, self.capacity_factor)
 
     @property
     def dense_bytes(self) -> int:

@@ -1,7 +1,8 @@
-"""SPEC's "Bad input": an error of the right type that names the argument, what it got and what it takes; never a crash."""
+"""Bad input (docs/spec.md): an error of the right type that names the argument, what it got, what it takes; never a crash."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,8 +30,14 @@ def check(call, error, *fragments):
 
 
 COUNTS = [(0, ValueError, "at least 1", "0"), (-3, ValueError, "at least 1", "-3"), (2.0, TypeError, "int", "float")]
-COUNTS += [(True, TypeError, "int", "bool"), ("4", TypeError, "int", "str"), (None, TypeError, "int", "NoneType")]
-POSITIVES = [(bad, ValueError, "finite", "above 0", str(float(bad))) for bad in (0.0, -1.5, INF, -INF, NAN)]
+COUNTS += [(bad, ValueError, "below 2^31", str(bad)) for bad in (2**31, 2**63)]
+COUNTS += [
+    (torch.tensor(4), TypeError, "int", "Tensor"),
+    (True, TypeError, "int", "bool"),
+    ("4", TypeError, "int", "str"),
+    (None, TypeError, "int", "NoneType"),
+]
+POSITIVES = [(bad, ValueError, "finite", "above 0", str(float(bad))) for bad in (0.0, -1.5, INF, -INF, NAN, 1e300)]
 POSITIVES += [("2", TypeError, "number", "str"), (True, TypeError, "number", "bool"), (None, TypeError, "number", "NoneType")]
 THRESHOLDS = [
     (-0.1, ValueError, "negative", "-0.1"),
@@ -84,6 +91,9 @@ def test_choices_of_the_gate():
     check(lambda: gate(router_dtype=torch.int32), ValueError, "router_dtype", "floating point", "torch.int32")
 
 
+NESTED = torch.nested.nested_tensor([torch.zeros(6, 8), torch.zeros(5, 8)], layout=torch.jagged)
+
+
 @pytest.mark.parametrize("method", ["forward", "route"])
 @pytest.mark.parametrize(
     ("x", "error", "fragments"),
@@ -95,7 +105,10 @@ def test_choices_of_the_gate():
         (torch.zeros(8), ValueError, ["tokens, 8", "(8,)"]),
         (torch.zeros(()), ValueError, ["tokens, 8", "()"]),
         (torch.zeros(2, 6, 8, device="meta"), ValueError, ["cpu", "meta"]),
+        (torch.zeros(2, 6, 8).to_sparse(), TypeError, ["dense", "torch.sparse_coo"]),
+        (NESTED, TypeError, ["dense", "nested"]),
     ],
+    ids=lambda value: None if isinstance(value, torch.Tensor) else str(value),
 )
 def test_x(method, x, error, fragments):
     with pytest.raises(error) as caught:
@@ -112,6 +125,7 @@ def test_x(method, x, error, fragments):
         (torch.ones(6, dtype=torch.bool), ValueError, ["(2, 6)", "(6,)"]),
         (torch.ones(2, 6, 1, dtype=torch.bool), ValueError, ["(2, 6)", "(2, 6, 1)"]),
         (torch.ones(2, 6, dtype=torch.bool, device="meta"), ValueError, ["cpu", "meta"]),
+        (torch.ones(2, 6, dtype=torch.bool).to_sparse(), TypeError, ["dense", "torch.sparse_coo"]),
     ],
 )
 def test_token_mask(mask, error, fragments):
@@ -150,6 +164,10 @@ def test_logits_of_route(logits, error, fragments):
         ("noise", torch.zeros(2, 6, 4, device="meta"), ValueError, ["cpu", "meta"]),
         ("draws", torch.zeros(2, 6, 4), ValueError, ["(2, 6, 2)", "(2, 6, 4)"]),
         ("draws", torch.zeros(2, 6, 2).bfloat16(), TypeError, ["torch.float32", "torch.bfloat16"]),
+        ("noise_mult", NAN, ValueError, ["finite", "nan"]),
+        ("noise_mult", INF, ValueError, ["finite", "inf"]),
+        ("noise_mult", "1", TypeError, ["number", "str"]),
+        ("generator", 3, TypeError, ["torch.Generator", "int"]),
     ],
 )
 def test_arguments_of_route(name, value, error, fragments):
@@ -167,6 +185,8 @@ def test_arguments_of_route(name, value, error, fragments):
         (torch.zeros(2), ValueError, ["(3,)", "(2,)"]),
         (torch.ones(3, dtype=torch.int64), ValueError, ["float", "torch.int64"]),
         (torch.zeros(3, device="meta"), ValueError, ["cpu", "meta"]),
+        (torch.tensor([0.2, NAN, 0.2]), ValueError, ["NaN", "nan"]),
+        (torch.tensor([0.2, 0.2, -0.5]), ValueError, ["negative", "-0.5"]),
     ],
     ids=str,
 )
@@ -189,6 +209,36 @@ def test_rows_of_dispatch_and_combine(function, name, good):
     check(lambda: function(torch.zeros(good, dtype=torch.int32), routing), TypeError, name, "float32", "torch.int32")
     check(lambda: function(None, routing), TypeError, name, "tensor", "NoneType")
     check(lambda: function(torch.zeros(good, device="meta"), routing), ValueError, name, "cpu", "meta")
+    check(lambda: function(torch.zeros(good).to_sparse(), routing), TypeError, name, "dense", "torch.sparse_coo")
+    for bad in (tuple(routing), None):
+        check(lambda bad=bad: function(torch.zeros(good), bad), TypeError, "routing", "topn_gating.Routing", type(bad).__name__)
+
+
+def test_dtype_of_the_dense_form():
+    check(lambda: routed().dense("float32"), TypeError, "dtype", "torch.dtype", "str")
+    check(lambda: routed().dense(torch.int32), ValueError, "dtype", "float32", "torch.int32")
+
+
+def test_first_entry_of_a_threshold_tensor_is_not_read():
+    for first in (NAN, -1.0):
+        routed(policy="threshold", threshold=torch.tensor([first, 0.2]))
+
+
+def test_generator_of_another_device():
+    with pytest.raises(ValueError, match=r"^generator must be on meta, got cpu$"):
+        route(torch.zeros(2, 6, 4, device="meta"), generator=torch.Generator())
+
+
+def test_numpy_scalars_are_numbers():
+    module = TopNGating(
+        np.int64(8), np.int32(4), top_n=np.int8(2), min_expert_capacity=np.uint8(4), capacity_factor_train=np.float32(1.25)
+    )
+    sizes = module.dim, module.num_gates, module.top_n, module.min_expert_capacity, module.capacity_factor_train
+    assert sizes == (8, 4, 2, 4, 1.25)
+    assert [type(size) for size in sizes] == [int, int, int, int, float]
+    routing = routed(top_n=np.int64(2), capacity=np.int16(5), eps=np.float32(1e-9), noise_mult=np.float64(1))
+    assert routing.source.shape == (2, 4, 5)
+    assert MoE(np.int64(8), np.int64(4), expert_hidden_mult=np.float32(2))(torch.zeros(3, 8)).outputs.shape == (3, 8)
 
 
 def test_arguments_of_moe():
@@ -197,6 +247,15 @@ def test_arguments_of_moe():
     check(lambda: MoE(8, 0), ValueError, "at least 1", "0")
     check(lambda: MoE(8, 4, expert_hidden_mult=0), ValueError, "hidden_mult", "above 0", "0")
     check(lambda: topn_gating.Experts(8, 1.5), TypeError, "num_experts", "int", "float")
+
+
+@pytest.mark.parametrize("options", [{}, {"router_dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_x_of_another_type_than_the_parameters(dtype, options):
+    x = torch.zeros(2, 6, 8, dtype=dtype)
+    check(lambda: MoE(8, 4, **options)(x), TypeError, "x", "weight", "torch.float32", str(dtype))
+    if not options:
+        check(lambda: gate()(x), TypeError, "x", "weight", "torch.float32", str(dtype))
 
 
 def test_a_refused_call_draws_nothing_and_leaves_the_gate_as_it_is():
@@ -246,22 +305,36 @@ def spoilt(name, i):
             yield torch.cat([t, t.narrow(dim, 0, 1)], dim)
 
 
-def operator_with(name, i, value):
+def operator_with(name, i, value, device):
     """Calls the operator with argument ``i`` replaced."""
     args = OPERATORS[name]
-    return getattr(torch.ops.topn_gating, name)(*args[:i], value, *args[i + 1 :])
+    args = (a.to(device) if isinstance(a, torch.Tensor) else a for a in (*args[:i], value, *args[i + 1 :]))
+    return getattr(torch.ops.topn_gating, name)(*args)
+
+
+# On the meta device run the operators without data, which compilers ask for shapes.
+kernels_and_fakes = pytest.mark.parametrize("device", ["cpu", "meta"])
+
+
+@kernels_and_fakes
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_refuse_tensors_that_do_not_fit(name, device):
+    for i, t in enumerate(OPERATORS[name]):
+        if isinstance(t, torch.Tensor):
+            operator_with(name, i, t, device)
+            for bad in spoilt(name, i):
+                with pytest.raises(RuntimeError, match=r" must | shape"):
+                    operator_with(name, i, bad, device)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operators_refuse_tensors_that_do_not_fit(name):
-    for i, t in enumerate(OPERATORS[name]):
-        if isinstance(t, torch.Tensor):
-            operator_with(name, i, t)
-            for bad in spoilt(name, i):
-                with pytest.raises(RuntimeError, match=r" must | shape"):
-                    operator_with(name, i, bad)
+def test_results_without_data_have_the_shapes_and_types_of_the_kernels(name):
+    results = [operator_with(name, 0, OPERATORS[name][0], device) for device in ("cpu", "meta")]
+    for t, meta in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in results), strict=True):
+        assert (meta.shape, meta.dtype, meta.device.type) == (t.shape, t.dtype, "meta")
 
 
+@kernels_and_fakes
 @pytest.mark.parametrize(
     ("name", "i", "values", "message"),
     [
@@ -276,10 +349,10 @@ def test_operators_refuse_tensors_that_do_not_fit(name):
         ("dense", 5, (torch.int32, torch.complex64), "float"),
     ],
 )
-def test_operators_refuse_numbers_out_of_range(name, i, values, message):
+def test_operators_refuse_numbers_out_of_range(name, i, values, message, device):
     for value in values:
         with pytest.raises(RuntimeError, match=message):
-            operator_with(name, i, value)
+            operator_with(name, i, value, device)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""TopNGating and route against the reference in float64: SPEC's constructor, steps, compact form and padding."""
+"""TopNGating and route against the reference in float64: constructor, steps, compact form and padding (docs/spec.md)."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def capacity(tokens, num_gates, factor, least=4):
 
 
 def oracle(gate, x, *, seed, noise_mult=None, mask=None):
-    """The reference's routing of what ``gate`` does to the float64 ``x``, random numbers drawn in SPEC's order."""
+    """The reference's routing of what ``gate`` does to the float64 ``x``, random numbers drawn in the order of docs/spec.md."""
     torch.manual_seed(seed)
     logits = F.linear(x, gate.to_gates.weight)
     mode = "train" if gate.training else "eval"
@@ -126,6 +126,12 @@ def test_types_of_the_outputs(dtype):
     assert [g.dtype for g in grads] == [dtype, dtype]
 
 
+def test_capacity_multiplies_before_it_divides():
+    assert (5 * 1.2) / 3 == 2.0 > 5 * (1.2 / 3)
+    assert topn_gating.expert_capacity(5, 3, 1.2, 1) == 2
+    assert TopNGating(4, 3, capacity_factor_train=1.2, min_expert_capacity=1).capacity(5) == 2
+
+
 def test_policies_differ_by_mode():
     gate = TopNGating(6, 4, top_n=3, policy_train="all", policy_eval="none")
     x = torch.randn(2, 12, 6)
@@ -151,6 +157,26 @@ def test_route_draws_what_it_is_not_given():
     actual = route(logits, noise=noise, draws=draws, **options)
     for name in Routing._fields[:-1]:
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("noise_gates", [True, False])
+def test_a_generator_draws_in_place_of_torchs_own(noise_gates):
+    """The noise, then the draws, each of the same shape: as torch's own generator under the same seed."""
+    gate, moe, x, logits = TopNGating(6, 5, top_n=3), topn_gating.MoE(6, 5), torch.randn(2, 12, 6), torch.randn(2, 12, 5)
+    calls = (
+        lambda **options: route(logits, 3, noise_gates=noise_gates, **options)[:-1],
+        lambda **options: gate.route(x, noise_gates, **options)[:-1],
+        lambda **options: gate(x, noise_gates, **options),
+        lambda **options: moe(x, noise_gates, **options),
+    )
+    for call in calls:
+        torch.manual_seed(5)
+        expected = call()
+        torch.manual_seed(6)
+        state = torch.get_rng_state()
+        actual = call(generator=torch.Generator().manual_seed(5))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -185,19 +211,19 @@ def test_padding_is_as_if_it_were_not_there(balance_on, policy):
     assert (actual.weight[~mask] == 0).all()
     balance, z = 0.0, 0.0
     for g, length in enumerate(lengths):
-        real = mask[g]
+        valid = mask[g]
         alone = reference.route(
-            logits[g, real],
+            logits[g, valid],
             threshold=torch.full((top_n,), 0.3, dtype=DOUBLE),
-            draws=draws[g, real],
-            noise=noise[g, real],
+            draws=draws[g, valid],
+            noise=noise[g, valid],
             **options,
         )
         for name in ("expert", "slot"):
-            assert torch.equal(getattr(actual, name)[g, real], getattr(alone, name)), name
-        torch.testing.assert_close(actual.weight[g, real], alone.weight)
+            assert torch.equal(getattr(actual, name)[g, valid], getattr(alone, name)), name
+        torch.testing.assert_close(actual.weight[g, valid], alone.weight)
         assert torch.equal(actual.demand[g], alone.demand)
-        pair = (torch.nonzero(real) * top_n + torch.arange(top_n)).flatten().int()
+        pair = (torch.nonzero(valid) * top_n + torch.arange(top_n)).flatten().int()
         source = pair[alone.source.clamp(min=0)] if length else alone.source
         assert torch.equal(actual.source[g], source.where(alone.source >= 0, -1))
         balance, z = balance + alone.balance_loss / len(lengths), z + alone.router_z_loss * length / sum(lengths)
@@ -237,10 +263,11 @@ def test_leading_dimensions(lead):
     torch.testing.assert_close(gate(x, token_mask=mask), (*expected, *flat[2:]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("balance_on", ["routed", "kept"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0, 6), (0, 5, 6), (2, 0, 5, 6), (0, 0, 6)], ids=str)
-def test_empty(shape, training):
-    gate, x = TopNGating(6, 4).train(training), torch.randn(shape, requires_grad=True)
+def test_empty(shape, training, balance_on):
+    gate, x = TopNGating(6, 4, balance_on=balance_on).train(training), torch.randn(shape, requires_grad=True)
     dispatch, combine, balance_loss, z_loss = gate(x, noise_gates=True)
     assert dispatch.shape == combine.shape == (*shape[:-1], 4, 4)
     assert balance_loss == z_loss == 0

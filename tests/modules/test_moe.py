@@ -160,7 +160,10 @@ def test_copies_compute_the_same(moe, x, clone):
 def test_routing_can_be_copied_and_pickled(moe, x):
     with torch.no_grad():
         routing = moe.gate.route(x)
-    for other in (copy.deepcopy(routing), pickle.loads(pickle.dumps(routing))):
+    file = io.BytesIO()
+    torch.save(routing, file)
+    file.seek(0)
+    for other in (copy.deepcopy(routing), pickle.loads(pickle.dumps(routing)), torch.load(file, weights_only=True)):
         assert type(other) is topn_gating.Routing
         assert all(torch.equal(a, b) for a, b in zip(other[:-1], routing[:-1], strict=True))
         assert other.straight_through is routing.straight_through
@@ -178,6 +181,15 @@ def test_autocast(x):
     grads = [p.grad for p in moe.parameters()]
     for actual, exact in zip([outputs, grad, *grads], [expected, expected_grad, *expected_grads], strict=True):
         assert (actual.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("experts", [None, nn.Linear(DIM, DIM)], ids=["ours", "custom"])
+def test_float64_stays_float64_under_autocast(x, experts):
+    moe, x = MoE(DIM, EXPERTS, experts=experts, policy_train="all").double(), x.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = moe(x)
+    assert [t.dtype for t in actual] == [torch.float64] * 4
+    torch.testing.assert_close(actual, moe(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

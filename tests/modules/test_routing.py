@@ -42,6 +42,13 @@ def test_routing_repr():
     assert "experts=5" in repr(Routing(*(t.to("meta") for t in routing[:-1])))
 
 
+def test_methods_are_the_functions():
+    routing, x = some_routing(), torch.randn(2, 24, 6)
+    rows = routing.dispatch(x)
+    assert torch.equal(rows, topn_gating.dispatch(x, routing))
+    assert torch.equal(routing.combine(rows), topn_gating.combine(rows, routing))
+
+
 def test_routing_is_a_pytree():
     routing = some_routing(straight_through=False)
     leaves, spec = pytree.tree_flatten(routing)

@@ -185,15 +185,42 @@ def test_other_types_have_torchs_logits_and_the_kernels_gradients(dtype):
     assert_same_bits(alone, grads[1])
 
 
-def test_types_that_do_not_fit_are_an_error_that_says_what_to_do():
+def test_types_that_do_not_fit_are_an_error():
     gate, x, _ = operands(torch.bfloat16)
     for bad in (x.float(), x.double()):
-        with pytest.raises(TypeError, match=r"^x must be torch.bfloat16 like the gate's .*autocast.*router_dtype.* got"):
+        with pytest.raises(TypeError, match=r"^x must be torch.bfloat16 like the gate's weight, .* got torch.float"):
             gate(bad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert gate(x.float()).dtype == torch.bfloat16
-        with pytest.raises(TypeError, match=r"x must be torch.bfloat16 .* got torch.float64"):
+        with pytest.raises(TypeError, match=r"^x must be torch.bfloat16 .* got torch.float64"):
             gate(x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_bias_is_added(dtype):
+    gate, x, grad = operands(dtype)
+    gate.bias = torch.nn.Parameter(torch.randn(7, dtype=dtype))
+    out = gate(x)
+    torch.testing.assert_close(
+        out, F.linear(x.double(), gate.weight.double(), gate.bias.double()).to(dtype), rtol=1e-2, atol=1e-2
+    )
+    (grad_bias,) = torch.autograd.grad(out, gate.bias, grad)
+    torch.testing.assert_close(grad_bias.double(), grad.double().flatten(0, -2).sum(0), rtol=1e-2, atol=0.2)
+
+
+def test_float64_stays_float64_under_autocast():
+    gate, x, _ = operands(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(gate(x).detach(), F.linear(x, gate.weight).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_forward_mode_is_torchs(dtype):
+    gate, x, _ = operands(dtype)
+    x, tangent = x.detach(), torch.randn_like(x)
+    out, out_tangent = torch.func.jvp(gate, (x,), (tangent,))
+    torch.testing.assert_close(out, F.linear(x, gate.weight))
+    torch.testing.assert_close(out_tangent, F.linear(tangent, gate.weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -183,6 +183,16 @@ def test_export_of_the_dense_form():
     assert_same(exported(other), module(other))
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (2,), (2, 3)], ids=str)
+def test_export_of_moe_for_any_number_of_tokens(lead):
+    moe = MoE(DIM, EXPERTS, policy_train="all")
+    shapes = {"x": {len(lead): Dim("tokens", min=8, max=4096)}}
+    exported = export(moe, (torch.randn(*lead, 20, DIM),), dynamic_shapes=shapes).module()
+    for length in (9, 63):
+        x = torch.randn(*lead, length, DIM)
+        assert_same(exported(x), moe(x))
+
+
 @pytest.mark.parametrize("router_dtype", [None, torch.float32])
 @pytest.mark.parametrize("make", [TopNGating, MoE])
 def test_meta_tensors_have_the_shapes_and_types_of_real_ones(make, router_dtype):
@@ -212,6 +222,22 @@ def test_vmap(function):
     stacked = [torch.stack(t).detach() for t in zip(*samples, strict=True)]
     expected = [torch.stack(t) for t in zip(*(function(*sample) for sample in samples), strict=True)]
     assert_same(list(torch.vmap(function)(*stacked)), expected)
+
+
+def test_vmap_over_no_sample():
+    sample = tuple(t.detach() for t in inputs().values())
+    expected = full_path(*sample)
+    for function in (full_path, torch.func.grad(loss, argnums=(0, 1))):
+        outputs = torch.vmap(function)(*(t.new_empty((0, *t.shape)) for t in sample))
+        assert all(t.shape[0] == 0 for t in outputs)
+        if function is full_path:
+            assert [(t.shape[1:], t.dtype) for t in outputs] == [(t.shape, t.dtype) for t in expected]
+
+
+def test_vmap_can_print_a_routing():
+    shown = []
+    torch.vmap(lambda z: shown.append(repr(topn_gating.route(z, policy="all"))) or z)(torch.randn(3, 6, 4))
+    assert shown[0].startswith("Routing(groups=(), tokens=6, experts=4, top_n=2, capacity=4, dtype=")
 
 
 def test_ensemble():

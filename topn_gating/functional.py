@@ -1,0 +1,165 @@
+"""From logits to a :class:`topn_gating.Routing`, and its two uses as functions.
+
+Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features;
+``…`` are the groups.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .checks import (
+    check_choice,
+    check_count,
+    check_generator,
+    check_instance,
+    check_logits,
+    check_number,
+    check_positive,
+    check_tensor,
+    check_threshold,
+    threshold_per_rank,
+)
+from .dtypes import compute_dtype
+from .routing import Routing
+
+BalanceOn = Literal["routed", "kept"]
+BALANCE_ON: tuple[BalanceOn, ...] = get_args(BalanceOn)
+
+
+def expert_capacity(tokens: int, num_gates: int, capacity_factor: float, min_expert_capacity: int = 4) -> int:
+    """Slots that an expert has for a group of ``tokens``. Takes and gives symbolic sizes, too."""
+    share = torch.sym_int((tokens * capacity_factor) / num_gates)
+    capacity: int = torch.sym_max(torch.sym_min(tokens, share), min_expert_capacity)
+    return capacity
+
+
+def route(
+    logits: Tensor,
+    top_n: int = 2,
+    *,
+    capacity: int | None = None,
+    capacity_factor: float = 1.25,
+    min_expert_capacity: int = 4,
+    policy: ops.Policy = "random",
+    threshold: float | Sequence[float] | Tensor = 0.2,
+    eps: float = 1e-9,
+    noise_gates: bool = False,
+    noise_mult: float = 1.0,
+    noise: Tensor | None = None,
+    draws: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    token_mask: Tensor | None = None,
+    differentiable_topk: bool = False,
+    differentiable_topk_fused: bool = True,
+    straight_through: bool = True,
+    balance_on: BalanceOn = "routed",
+    losses: bool = True,
+) -> Routing:
+    """Routes tokens by their gate logits (GShard, arXiv 2006.16668; ST-MoE, arXiv 2202.08906).
+
+    Args:
+        logits: ``(…, n, e)`` float32, float64, bfloat16 or float16. Half types are computed in float32.
+        top_n: experts of a token, 1 to ``e``.
+        capacity: slots ``C`` of an expert in a group; by default from ``capacity_factor`` and ``min_expert_capacity``.
+        capacity_factor: slots an expert has over the tokens it would get if all experts got the same, for one rank.
+        min_expert_capacity: the least that ``capacity_factor`` gives.
+        policy: which ranks after the first are routed. ``"random"``: those with ``draws < weight / threshold``;
+            ``"threshold"``: those with ``weight > threshold``; ``"all"``; ``"none"``.
+        threshold: a float, one float per rank from rank 1 on, or a tensor of shape ``(top_n,)`` whose first entry is not read.
+            In a CUDA tensor, which is not read back, NaN routes nothing.
+        eps: least denominator of the weights and thresholds.
+        noise_gates: adds Gumbel noise to the logits.
+        noise_mult: its factor.
+        noise: the uniform numbers in [0, 1) behind the Gumbel noise, shaped as ``logits``, float32 (float64 for float64
+            logits); drawn by default. Given, it implies ``noise_gates``.
+        draws: the uniform numbers of ``policy="random"``, ``(…, n, k)``, same type; drawn by default, after the noise.
+        generator: draws both; by default torch's own of the logits' device.
+        token_mask: ``(…, n)`` bool, True where the token is real. Others take no slot and add to no loss.
+        differentiable_topk: weights from the soft top-n (arXiv 1502.04759) in place of the gates.
+        differentiable_topk_fused: the soft top-n in one kernel; False composes it of torch operations.
+        straight_through: gives the dispatch tensor's gradient to the weights.
+        balance_on: ``"routed"``: ``balance_loss`` counts tokens before the capacity drop; ``"kept"``: after, as
+            st-moe-pytorch and zeta do.
+        losses: False gives zeros for both losses, as evaluation does.
+
+    Returns:
+        A :class:`Routing`, which has first derivatives by reverse mode alone.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong value, shape or device.
+    """
+    top_n = check_logits(logits, top_n)
+    check_choice("policy", policy, ops.POLICIES)
+    check_choice("balance_on", balance_on, BALANCE_ON)
+    eps, noise_mult = check_positive("eps", eps), check_number("noise_mult", noise_mult)
+    *lead, n, num_gates = logits.shape
+    dtype, device = compute_dtype(logits.dtype), logits.device
+    if capacity is None:
+        capacity_factor = check_positive("capacity_factor", capacity_factor)
+        min_expert_capacity = check_count("min_expert_capacity", min_expert_capacity)
+        capacity = expert_capacity(n, num_gates, capacity_factor, min_expert_capacity)
+    else:
+        capacity = check_count("capacity", capacity)
+    if token_mask is not None:
+        check_tensor("token_mask", token_mask, (*lead, n), torch.bool, device)
+    check_generator(generator, device)
+
+    if noise is not None:
+        check_tensor("noise", noise, logits.shape, dtype, device)
+    if draws is not None:
+        check_tensor("draws", draws, (*lead, n, top_n), dtype, device)
+    least = _threshold_tensor(threshold, top_n, num_gates, dtype, device) if policy in ("random", "threshold") else None
+    if noise is None and noise_gates:
+        noise = torch.rand(logits.shape, generator=generator, dtype=dtype, device=device)
+    if policy != "random":
+        draws = None
+    elif draws is None:
+        draws = torch.rand((*lead, n, top_n), generator=generator, dtype=dtype, device=device)
+
+    fused = differentiable_topk and differentiable_topk_fused
+    weight, expert, importance, _, balance_loss, router_z_loss = ops.Gate.call(
+        logits, noise, token_mask, top_n, eps, noise_mult, fused, losses
+    )
+    if differentiable_topk and not fused:
+        gates = reference.scores(logits, noise, noise_mult).softmax(-1)
+        weight = reference.topn_weight(gates, expert, eps, soft=True)
+    kept, slot, source, demand = ops.Assign.call(
+        weight, expert, draws, least, token_mask, num_gates, capacity, ops.POLICIES.index(policy), eps
+    )
+    if losses and balance_on == "kept":
+        balance_loss = _balance_on_kept(importance, source, top_n, n, token_mask)
+    return Routing(expert, kept, slot, source, demand, balance_loss, router_z_loss, straight_through)
+
+
+def dispatch(x: Tensor, routing: Routing) -> Tensor:
+    """``routing.dispatch(x)``: see :meth:`Routing.dispatch`."""
+    check_instance("routing", routing, Routing, "topn_gating.Routing")
+    return routing.dispatch(x)
+
+
+def combine(y: Tensor, routing: Routing) -> Tensor:
+    """``routing.combine(y)``: see :meth:`Routing.combine`."""
+    check_instance("routing", routing, Routing, "topn_gating.Routing")
+    return routing.combine(y)
+
+
+def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, n: int, token_mask: Tensor | None) -> Tensor:
+    kept = ((source >= 0) & (source % top_n == 0)).sum(-1)  # rank-0 pairs that hold a slot of the expert
+    tokens = torch.sym_max(n, 1) if token_mask is None else token_mask.sum(-1, keepdim=True).clamp(min=1)
+    return reference.balance(importance, kept.to(importance.dtype) / tokens)
+
+
+def _threshold_tensor(
+    threshold: float | Sequence[float] | Tensor, top_n: int, num_gates: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if isinstance(threshold, Tensor):
+        check_threshold(threshold, top_n, device)
+        return threshold.detach().to(dtype)
+    per_rank = threshold_per_rank("threshold", threshold, top_n, num_gates)
+    # Filled on the device: a tensor made of a list would wait for its copy there.
+    return torch.cat([torch.full((1,), t, dtype=dtype, device=device) for t in (0.0, *per_rank)])
