@@ -13,19 +13,42 @@
 // OMP_WAIT_POLICY=passive: threads that spin at a barrier take a small machine's only other core from the work.
 #include <benchmark/benchmark.h>
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <deque>
 #include <map>
 #include <memory>
 #include <stdexcept>
 
-#include "router/kernels.h"
+#include "device.h"
+#include "harness/cases.h"
 
 namespace topn_gating::bench {
 namespace {
+
+using harness::Case;
+using harness::Expected;
+using harness::Inputs;
+using harness::Kernel;
+using harness::Tensors;
+using harness::Type;
+
+struct Shape {
+  int64_t groups, tokens, dim, experts, top_n;
+
+  // docs/spec.md, step 1, with the module's defaults.
+  int64_t capacity() const {
+    constexpr double factor = 1.25;
+    constexpr int64_t least = 4;
+    return std::max(std::min(tokens, int64_t(double(tokens) * factor / double(experts))), least);
+  }
+  std::string name() const {
+    const auto part = [](const char* letter, int64_t size) { return letter + (":" + std::to_string(size)); };
+    return part("b", groups) + part("/n", tokens) + part("/d", dim) + part("/e", experts) + part("/k", top_n);
+  }
+};
 
 struct NamedType {
   const char* name;
@@ -121,7 +144,7 @@ double seconds_to_copy(Device& device, int64_t bytes) {
   constexpr double budget = 0.03;
   const int64_t half = std::max(bytes / 2 / line, int64_t(1)) * line;
   const Buffer from(Type::Bool, half), to(Type::Bool, half);
-  const std::shared_ptr<void> on_device = device.memory_of(from), target = device.memory_of(to);
+  const harness::Memory on_device = device.memory_of(from), target = device.memory_of(to);
   best = 1e9;
   for (const std::function<void()>& copy : device.copies(target.get(), on_device.get(), half)) {
     const Stopwatch stopwatch = device.stopwatch(copy);
@@ -135,77 +158,88 @@ double seconds_to_copy(Device& device, int64_t bytes) {
   return best;
 }
 
-struct Case {
+struct Benchmark {
   const Kernel& kernel;
   Device& device;
   NamedType type;
   Shape shape;
 
   std::string name() const { return std::string(kernel.name) + "/" + device.name() + "/" + type.name + "/" + shape.name(); }
+  Case on(const Shape& s, Inputs inputs) const {
+    Case c{type.dtype, s.groups, s.tokens, s.experts, s.top_n, s.capacity(), s.dim};
+    c.inputs = inputs;
+    return c;
+  }
 };
 
-// Throws where a result is wrong.
-std::unique_ptr<Call> checked_call(const Case& c, const Problem& problem) {
-  auto call = std::make_unique<Call>(c.device);
-  c.kernel.set_up(*call, problem);
-  const std::string wrong = call->check();
-  if (!wrong.empty()) throw std::runtime_error("on " + problem.shape.name() + ": " + wrong);
-  return call;
+// Throws where the plain loops' results would exceed the machine's memory: a system that overcommits would end the process.
+void require_memory(int64_t bytes) {
+  const int64_t all = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  if (bytes <= all) return;
+  throw std::runtime_error("needs " + std::to_string(bytes >> 30) + " GiB of memory: --benchmark_filter=-dense leaves it out");
 }
 
-// Checks cases, and keeps the last ready to be timed, since Google Benchmark enters a function several times; and its problems,
-// which the next case may share.
+// A call with its tensors on a device.
+struct Prepared {
+  Device& device;
+  Call call;
+  Tensors tensors;
+
+  // Runs the call once and throws where a result is wrong.
+  Prepared(const Benchmark& b, const Case& c) : device(b.device) {
+    b.kernel.set_up(call, c);
+    require_memory(call.reference_bytes() + call.bytes());
+    constexpr int kPattern = 0x55;  // no result has these bits
+    const Tensors expected = call.run_reference();
+    tensors = call.attach([&](const Buffer& buffer) { return device.memory_of(buffer); },
+                          [&] { return device.workspace_bytes(call); }, true, kPattern);
+    device.run(call);
+    device.wait();
+    for (size_t i = 0; i < tensors.outputs.size(); ++i) device.read_back(tensors.of_outputs[i], tensors.outputs[i]);
+    const std::string wrong = call.difference(tensors.outputs, expected.outputs, Expected::Reference);
+    if (!wrong.empty()) throw std::runtime_error("on " + std::to_string(c.tokens) + " tokens: " + wrong);
+  }
+};
+
+// Checks benchmarks, and keeps the last one's call ready, since Google Benchmark enters a function several times.
 class Checker {
  public:
-  // The case's call on what is to be timed; null where a result is wrong.
-  const Call* call(const Case& c) {
-    if (name_ == c.name()) return call_.get();
+  // Returns the call that is to be timed, or null where a result is wrong.
+  Prepared* prepare(const Benchmark& b) {
+    if (name_ == b.name()) return prepared_.get();
     name_.clear();
-    ++cases_;
+    ++checked_;
+    const Shape small{2, 501, 37, b.shape.experts, b.shape.top_n};  // no whole tiles, no whole vectors
     try {
-      make_problems(c);
-      for (const Problem& problem : problems_) {
-        call_.reset();
-        call_ = checked_call(c, problem);
+      for (const Case& c : {b.on(small, Inputs::Timed), b.on(small, Inputs::Hard), b.on(b.shape, Inputs::Timed)}) {
+        prepared_.reset();
+        prepared_ = std::make_unique<Prepared>(b, c);
       }
-      name_ = c.name();
-      return call_.get();
+      name_ = b.name();
+      return prepared_.get();
     } catch (const std::exception& error) {
       ++failures_;
       failure_ = error.what();
-      std::fprintf(stderr, "FAILED %s: %s\n", c.name().c_str(), error.what());
+      std::fprintf(stderr, "FAILED %s: %s\n", b.name().c_str(), error.what());
       return nullptr;
     }
   }
 
-  int cases() const { return cases_; }
+  int checked() const { return checked_; }
   int failures() const { return failures_; }
   const std::string& failure() const { return failure_; }  // the last
 
  private:
-  // The last is the one to be timed.
-  void make_problems(const Case& c) {
-    const std::string of_problems = c.type.name + c.shape.name();
-    if (of_problems_ == of_problems) return;
-    call_.reset();
-    problems_.clear();
-    of_problems_.clear();
-    const Shape small{2, 501, 37, c.shape.experts, c.shape.top_n};  // of no whole tiles and vectors
-    problems_.emplace_back(small, c.type.dtype, Inputs::Timed);
-    problems_.emplace_back(small, c.type.dtype, Inputs::Hard);
-    problems_.emplace_back(c.shape, c.type.dtype, Inputs::Timed);
-    of_problems_ = of_problems;
-  }
-
-  std::string name_, of_problems_, failure_;
-  std::deque<Problem> problems_;
-  std::unique_ptr<Call> call_;
-  int cases_ = 0, failures_ = 0;
+  std::string name_, failure_;
+  std::unique_ptr<Prepared> prepared_;
+  int checked_ = 0, failures_ = 0;
 };
 
-void time_call(benchmark::State& state, Device& device, const Call& call) {
+void time_call(benchmark::State& state, Prepared& prepared) {
+  Device& device = prepared.device;
+  const Call& call = prepared.call;
   const double floor = seconds_to_copy(device, call.bytes());
-  const Stopwatch stopwatch = device.stopwatch(call.run());
+  const Stopwatch stopwatch = device.stopwatch([&] { device.run(call); });
   stopwatch.seconds();
   double total = 0;
   while (state.KeepRunningBatch(stopwatch.calls)) {
@@ -246,36 +280,36 @@ void add_context(Device& device) {
   }
 }
 
-std::vector<Case> cases_of(const Options& options, const Devices& devices) {
-  std::vector<Case> cases;
+std::vector<Benchmark> benchmarks_of(const Options& options, const Devices& devices) {
+  std::vector<Benchmark> benchmarks;
   for (const Shape& shape : options.shapes) {
     for (const NamedType& type : options.types) {
       for (const std::unique_ptr<Device>& device : devices) {
-        for (const Kernel& kernel : kKernels) {
-          if (device->is_cpu() || !kernel.on_cpu_alone) cases.push_back({kernel, *device, type, shape});
+        for (const Kernel& kernel : harness::kKernels) {
+          if (device->is_cpu() || !kernel.on_cpu_alone) benchmarks.push_back({kernel, *device, type, shape});
         }
       }
     }
   }
-  return cases;
+  return benchmarks;
 }
 
 int run(const Options& options) {
   const Devices devices = devices_of(options);
   Checker checker;
-  for (const Case& c : cases_of(options, devices)) {
+  for (const Benchmark& b : benchmarks_of(options, devices)) {
     if (options.check_only) {
-      checker.call(c);
+      checker.prepare(b);
       continue;
     }
-    const auto timed = [c, &checker](benchmark::State& state) {
-      if (const Call* call = checker.call(c)) return time_call(state, c.device, *call);
+    const auto timed = [b, &checker](benchmark::State& state) {
+      if (Prepared* prepared = checker.prepare(b)) return time_call(state, *prepared);
       state.SkipWithError(checker.failure().c_str());
     };
-    benchmark::RegisterBenchmark(c.name().c_str(), timed)->UseManualTime()->Unit(benchmark::kMicrosecond);
+    benchmark::RegisterBenchmark(b.name().c_str(), timed)->UseManualTime()->Unit(benchmark::kMicrosecond);
   }
   if (options.check_only) {
-    std::printf("%d kernels checked, %d failed\n", checker.cases(), checker.failures());
+    std::printf("%d kernels checked, %d failed\n", checker.checked(), checker.failures());
   } else {
     for (const std::unique_ptr<Device>& device : devices) add_context(*device);
     benchmark::RunSpecifiedBenchmarks();

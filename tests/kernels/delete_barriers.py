@@ -17,8 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BARRIER = re.compile(r"(?<!void )\b(?:__syncthreads|__syncwarp|sync_grid)\(\)")
 ANY_BARRIER = re.compile(r"(?<!void )\b(?:__sync\w+|sync_grid) *\(")
 SCHEDULER = ["scheduler", "fiber", "meet", "launch", "report"]
-TESTS = ["kernels_test", "gate_cases", "assign_cases", "slot_cases"]
-BUFFER = ROOT / "benchmarks/router/buffer.cpp"
+TESTS = [ROOT / "tests/kernels/kernels_test.cpp", *sorted((ROOT / "tests/kernels/harness").glob("*.cpp"))]
 CPU = ["level", "level_avx2", "level_avx512", "level_baseline", "workspace"]
 TOOLS = {"plain": [], "tsan": ["-fsanitize=thread"]}
 PROCESSES = 2
@@ -55,8 +54,8 @@ def number_barriers(folder):
 
 def compile_all(folder):
     """Compiles both programs."""
-    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-w", "-Wno-psabi"]
-    includes = [f"-I{folder}/csrc", f"-I{ROOT}/simt", f"-I{BUFFER.parent}"]
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-w"]
+    includes = [f"-I{folder}/csrc", f"-I{ROOT}/simt"]
     host = ["-DTOPN_SIMT_HOST", *includes, "-include", str(folder / "deleted.h")]
     commands = []
     objects = {tool: [] for tool in TOOLS}
@@ -73,9 +72,8 @@ def compile_all(folder):
         for source in sources:
             add(f"{tool}.{source.stem}", [tool], [*host, *flags, "-x", "c++", str(source)])
     for tool, flags in TOOLS.items():
-        for name in TESTS:
-            add(f"{tool}.{name}", [tool], [*host, *flags, str(ROOT / f"tests/kernels/{name}.cpp")])
-        add(f"{tool}.{BUFFER.stem}", [tool], [*host, *flags, str(BUFFER)])
+        for path in TESTS:
+            add(f"{tool}.{path.stem}", [tool], [*host, *flags, str(path)])
     for name in SCHEDULER:
         add(name, TOOLS, [*host, str(ROOT / f"simt/{name}.cpp")])
     for name in CPU:

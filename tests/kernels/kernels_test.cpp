@@ -1,76 +1,25 @@
-// The CUDA kernels on the host against the CPU's, in several schedules. `kernels_test` runs all cases, `kernels_test PATTERN`
-// those whose name has the pattern in it, `--quick` those that together reach every barrier; -v names each as it starts.
-#include "kernels_test.h"
-
+// The CUDA kernels on the host against the CPU's, in several schedules, and the CPU's against plain loops. `kernels_test` runs all
+// cases, `kernels_test PATTERN` those whose name contains the pattern, `--quick` those that together reach every barrier of every
+// kernel; -v names each case as it starts.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <thread>
+#include <vector>
 
-namespace kernels_test {
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+#include "cuda/simt.cuh"
+#include "harness/cases.h"
 
-const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::F32: return "f32";
-    case DType::F64: return "f64";
-    case DType::BF16: return "bf16";
-    case DType::F16: return "f16";
-  }
-  return "";
-}
-
+namespace topn_gating::harness {
 namespace {
 
-struct Format {
-  int digits, least_exponent;
-  double rounding;  // of Real, relative
-};
-Format format_of(Type type) {
-  switch (type) {
-    case Type::BF16: return {8, -126, 0x1p-24};
-    case Type::F16: return {11, -14, 0x1p-24};
-    case Type::F64: return {53, -1022, 0x1p-53};
-    default: return {24, -126, 0x1p-24};
-  }
-}
+constexpr DType kDTypes[] = {DType::F32, DType::F64, DType::BF16, DType::F16};
+constexpr const char* kPolicies[] = {"random", "threshold", "all", "none"};
 
-double ulp(double value, const Format& format) {
-  if (value == 0) return std::ldexp(1.0, format.least_exponent + 1 - format.digits);
-  return std::ldexp(1.0, std::max(std::ilogb(value), format.least_exponent) + 1 - format.digits);
-}
-
-double largest(const Buffer& buffer) {
-  double most = 0;
-  for (int64_t i = 0; i < buffer.count(); ++i) {
-    if (std::isfinite(buffer.get(i))) most = std::max(most, std::abs(buffer.get(i)));
-  }
-  return most;
-}
-
-bool is_near(double got, double expected, double allowed) {
-  if (std::isnan(got) || std::isnan(expected)) return std::isnan(got) && std::isnan(expected);
-  return got == expected || std::abs(got - expected) <= allowed;
-}
-
-}  // namespace
-
-void compare(Suite& suite, const std::string& name, const Buffer& got, const Buffer& expected, Bound bound) {
-  const bool integers = got.type() == Type::I32;
-  const Format format = format_of(got.type());
-  const double floor = bound.roundings * format.rounding * std::max(bound.roundings > 0 ? largest(expected) : 0, bound.terms);
-  for (int64_t i = 0; i < got.count(); ++i) {
-    const double a = got.get(i), b = expected.get(i);
-    const double allowed = integers || !std::isfinite(b) ? 0 : bound.ulps * ulp(b, format) + floor;
-    const bool forgotten = !integers && got.all_ones(i);
-    if (is_near(a, b, allowed) && !forgotten) continue;
-    char text[160];
-    std::snprintf(text, sizeof text, "[%lld of %lld] = %.17g, on the CPU %.17g (allowed %.2g)%s", static_cast<long long>(i),
-                  static_cast<long long>(got.count()), a, b, allowed, forgotten ? ", never written" : "");
-    return suite.fail(name + text);
-  }
-}
-
+// Runs a loop in three parts on threads of their own, however short it is, so that ThreadSanitizer sees the CPU kernels too.
 void on_threads(int64_t begin, int64_t end, int64_t /*grain*/, cpu::Body body, void* context) {
   constexpr int64_t parts = 3;
   const auto cut = [&](int64_t part) { return begin + (end - begin) * part / parts; };
@@ -82,49 +31,352 @@ void on_threads(int64_t begin, int64_t end, int64_t /*grain*/, cpu::Body body, v
   for (std::thread& other : others) other.join();
 }
 
-Suite::Suite(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    if (argument == "--quick") {
-      quick_ = true;
-    } else if (argument == "-v") {
-      verbose_ = true;
-    } else {
-      pattern_ = argument;
+struct Schedule {
+  const char* name;
+  int kind;
+  uint64_t seed;
+  int fill;  // byte that outputs and workspace start as: what is not written differs, and is NaN or -1 in the first schedule
+};
+constexpr Schedule kSchedules[] = {{"fifo", SIMT_FIFO, 0, 0xff},
+                                   {"lifo", SIMT_LIFO, 0, 0x55},
+                                   {"random 1", SIMT_RANDOM, 1, 0xff},
+                                   {"random 2", SIMT_RANDOM, 2, 0x2a}};
+
+std::string name_of(const Case& c) {
+  std::string text = harness::name_of(c.dtype);
+  const auto size = [&](const char* letter, int64_t value) { text += letter + std::to_string(value); };
+  const auto flag = [&](const char* name, bool value) { text += value ? name : ""; };
+  size(" g", c.groups), size(" n", c.tokens), size(" e", c.experts), size(" k", c.top_n), size(" C", c.capacity);
+  size(" d", c.dim), size(" mp", c.multiprocessors), text += std::string(" ") + kPolicies[int(c.policy)];
+  flag(" soft", c.soft), flag(" noise", c.noise), flag(" mask", c.mask), flag(" no_losses", !c.losses);
+  flag(" unaligned", !c.aligned), flag(" ties", c.logits == Logits::Ties), flag(" special", c.logits == Logits::Special);
+  flag(" clamped", c.eps > 0.1), flag(" made_up", c.made_up), flag(" no_weight", !c.wants_weight);
+  size(" gradients ", c.gradients), size(" layouts ", int(c.grad_dispatch)), size("", int(c.grad_combine));
+  return text;
+}
+
+// What runs, and what failed.
+class Suite {
+ public:
+  Suite(int argc, char** argv) {
+    for (int i = 1; i < argc; ++i) {
+      const std::string argument = argv[i];
+      if (argument == "--quick") {
+        quick_ = true;
+      } else if (argument == "-v") {
+        verbose_ = true;
+      } else {
+        pattern_ = argument;
+      }
+    }
+  }
+
+  // Whether the case runs.
+  bool begin(const std::string& name, bool quick) {
+    if ((quick_ && !quick) || name.find(pattern_) == std::string::npos) return false;
+    name_ = name;
+    failed_ = false;
+    ++cases_;
+    if (verbose_) std::printf("%s\n", name.c_str());
+    std::fflush(stdout);  // a sanitizer may end the process
+    return true;
+  }
+
+  // Fails the case unless `what` is empty.
+  void expect_nothing(const std::string& where, const std::string& what) {
+    if (what.empty()) return;
+    if (!failed_) ++failures_;
+    failed_ = true;
+    std::printf("FAILED %s: %s: %s\n", name_.c_str(), where.c_str(), what.c_str());
+  }
+
+  // Runs a kernel on every backend and in every schedule.
+  void run(const char* kernel, const Case& c, bool quick = false) {
+    if (!begin(std::string(kernel) + " " + name_of(c), quick)) return;
+    simt_set_multiprocessors(c.multiprocessors);
+    Call call;
+    set_up(kernel, call, c);
+    call.visit([&](const auto& args) { run(call, c, args); });
+  }
+
+  int finish() const {
+    std::printf("%d cases on %s, %d failed\n", cases_, cpu::level(), failures_);
+    return failures_ == 0 && cases_ > 0 ? 0 : 1;
+  }
+
+ private:
+  template <class Args>
+  void run(Call& call, const Case& c, const Args& args) {
+    const Tensors on_cpu = call.attach(host_memory_of, [&] { return cpu::workspace_bytes(args); }, true, 0xff);
+    cpu::run(args, on_threads);
+    if (c.has_reference()) {
+      const Tensors reference = call.run_reference();
+      expect_nothing("CPU", call.difference(on_cpu.outputs, reference.outputs, Expected::Reference));
+    }
+    if constexpr (!kOnCpuAlone<Args>) {
+      Tensors first;
+      for (const Schedule& schedule : kSchedules) {
+        const auto workspace_bytes = [&] { return cuda::workspace_bytes(args); };
+        Tensors got = call.attach(host_memory_of, workspace_bytes, c.aligned, schedule.fill);
+        simt_reset();
+        simt_set_schedule(schedule.kind, schedule.seed);
+        const cudaError_t error = cuda::run(args, nullptr);
+        if (simt_launches() > most_launches(args)) expect_nothing(schedule.name, std::to_string(simt_launches()) + " launches");
+        if (error != cudaSuccess) {
+          return expect_nothing(schedule.name, std::string(cudaGetErrorString(error)) + ": " + simt_error());
+        }
+        if (&schedule == kSchedules) {
+          expect_nothing(schedule.name, call.difference(got.outputs, on_cpu.outputs, Expected::OtherBackend));
+          first = std::move(got);
+        } else {
+          expect_nothing(schedule.name, call.difference_in_bits(got.outputs, first.outputs));
+        }
+      }
+    }
+  }
+
+  static int64_t most_launches(const Gate& a) { return a.losses ? 2 : 1; }
+  static int64_t most_launches(const GateBackward&) { return 2; }
+  template <class Args>
+  static int64_t most_launches(const Args&) {
+    return 1;
+  }
+
+  std::string pattern_, name_;
+  bool quick_ = false, verbose_ = false;
+  int cases_ = 0, failures_ = 0;
+  bool failed_ = false;  // the case
+};
+
+void run_gates(Suite& suite, Case c, bool quick = false) {
+  suite.run("gate", c, quick);
+  c.losses = true;
+  suite.run("gate_backward", c, quick);
+}
+
+constexpr int64_t kExperts[] = {1, 2, 3, 7, 8, 16, 17, 33, 64, 100, 128, 200, 256, 300, 512, 600};
+
+// Every layout of a row, hard and soft; then with all else at random.
+void gate_layouts(Suite& suite) {
+  Random random(1);
+  for (const DType dtype : kDTypes) {
+    for (const int64_t experts : kExperts) {
+      for (const bool soft : {false, true}) {
+        Case c{dtype, 1, 5, experts, std::min<int64_t>(experts, 2)};
+        c.soft = soft;
+        c.losses = false;
+        suite.run("gate", c);
+        c.losses = c.mask = true;
+        suite.run("gate_backward", c);
+      }
+      std::vector<int64_t> ranks = {1, 2, 8, 16, 17, std::min<int64_t>(experts, 33)};
+      std::sort(ranks.begin(), ranks.end());
+      ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+      for (const int64_t top_n : ranks) {
+        for (int turn = 0; turn < 2 && top_n <= experts; ++turn) {
+          Case c{dtype, 1 + random.below(3), 1 + random.below(24), experts, top_n};
+          c.soft = turn == 1;
+          c.losses = random.chance(0.7);
+          c.noise = random.chance(0.4);
+          c.mask = random.chance(0.4);
+          c.aligned = random.chance(0.6);
+          c.logits = Logits(random.below(3));
+          c.eps = random.chance(0.2) ? 0.6 : 1e-9;
+          c.multiprocessors = random.chance(0.3) ? 1 : 3;
+          suite.run("gate", c);
+          c.losses = true;
+          c.gradients = unsigned(random.below(16));
+          c.made_up = random.chance(0.2);
+          suite.run("gate_backward", c);
+        }
+      }
     }
   }
 }
 
-bool Suite::begin(const std::string& name, bool quick) {
-  if ((quick_ && !quick) || name.find(pattern_) == std::string::npos) return false;
-  name_ = name;
-  failed_ = false;
-  ++cases_;
-  simt_set_multiprocessors(3);
-  if (verbose_) std::printf("%s\n", name.c_str());
-  std::fflush(stdout);  // a sanitizer may end the process
-  return true;
+// Tiles, groups and blocks: many of each, few, and none.
+void gate_sizes(Suite& suite) {
+  for (const DType dtype : kDTypes) {
+    for (const bool mask : {false, true}) {
+      for (const int64_t tokens : {0, 1, 90}) {
+        for (const int64_t groups : {0, 1, 70}) {
+          Case c{dtype, groups, tokens, 24, 2};
+          c.mask = mask;
+          run_gates(suite, c);
+        }
+      }
+    }
+  }
+  for (Case c : {Case{DType::F32, 1, 20000, 5, 2} /* many tokens to a thread */, Case{DType::BF16, 1, 700, 130, 4},
+                 Case{DType::F64, 1, 700, 40, 3}, Case{DType::F16, 300, 2, 70, 2}}) {
+    c.multiprocessors = c.groups == 1 ? 1 : 3;
+    suite.run("gate", c);
+    c.mask = c.groups > 1;
+    suite.run("gate_backward", c);
+  }
 }
 
-void Suite::fail(const std::string& what) {
-  if (!failed_) ++failures_;
-  failed_ = true;
-  std::printf("FAILED %s: %s\n", name_.c_str(), what.c_str());
+void quick_gates(Suite& suite) {
+  Case c{DType::F32, 2, 150, 40, 2};
+  c.mask = c.noise = true;
+  c.multiprocessors = 1;
+  run_gates(suite, c, true);
+  c = {DType::BF16, 1, 300, 8, 2};  // many rows to a warp
+  c.multiprocessors = 1;
+  suite.run("gate", c, true);
+  c = {DType::F64, 2, 40, 70, 3};
+  suite.run("gate", c, true);
+  c.soft = c.mask = true;
+  suite.run("gate_backward", c, true);
+  c = {DType::F32, 3, 60, 64, 17};  // rows in memory
+  c.multiprocessors = 1;
+  run_gates(suite, c, true);
+  c.groups = 70, c.tokens = 2;  // and several tiles to a block
+  c.mask = true;
+  run_gates(suite, c, true);
 }
 
-int Suite::finish() const {
-  std::printf("%d cases on %s, %d failed\n", cases_, cpu::level(), failures_);
-  return failures_ == 0 && cases_ > 0 ? 0 : 1;
+Case assign_case(int64_t groups, int64_t tokens, int64_t experts, int64_t top_n, int64_t capacity, int multiprocessors = 3,
+                 bool mask = false, bool made_up = false) {
+  Case c{DType::F32, groups, tokens, experts, top_n, capacity};
+  c.multiprocessors = multiprocessors;
+  c.mask = mask;
+  c.made_up = made_up;
+  c.aligned = false;
+  return c;
 }
 
-}  // namespace kernels_test
+void assign_cases(Suite& suite) {
+  for (Case c : {assign_case(1, 300, 6, 2, 90, 3, true), assign_case(1, 40, 5, 3, 20), assign_case(2, 3, 600, 60, 2)}) {
+    c.policy = Policy::Threshold;
+    suite.run("assign", c, true);
+  }
+  const Case cases[] = {
+      assign_case(1, 1, 1, 1, 1),
+      assign_case(1, 10, 8, 2, 3),
+      assign_case(2, 31, 5, 3, 4, 3, true, true),
+      assign_case(3, 100, 16, 2, 9),
+      assign_case(1, 400, 7, 2, 1, 8, true),  // several tiles of a group
+      assign_case(1, 400, 64, 8, 200, 8, false, true),
+      assign_case(2, 300, 33, 5, 40, 8, true),
+      assign_case(1, 1500, 4, 2, 700, 3),         // several rounds of a run
+      assign_case(1, 130, 600, 40, 5, 3, true),   // fewer warps, for the counters
+      assign_case(20, 40, 8, 2, 12, 3, true),     // more groups than processors
+      assign_case(70, 1, 3, 3, 2),
+      assign_case(1, 40, 100, 33, 3, 8),
+      assign_case(2, 8, 600, 60, 2, 3, true, true),  // counters in memory
+      assign_case(2, 0, 5, 2, 3),
+      assign_case(0, 5, 5, 2, 3),
+  };
+  for (Case c : cases) {
+    for (int policy = 0; policy < 4; ++policy) {
+      for (const DType dtype : {DType::F32, DType::F64}) {
+        c.policy = Policy(policy);
+        c.dtype = dtype;
+        suite.run("assign", c);
+      }
+    }
+  }
+  for (Case c : {assign_case(1, 40, 600, 64, 2, 8, false, true),  // counters in memory and several tiles
+                 assign_case(1, 60, 500, 40, 30, 40)}) {          // more than 32 tiles
+    c.dtype = DType::F64;
+    suite.run("assign", c);
+  }
+  for (const int64_t pairs : {0, 1, 1000, 20000}) {
+    for (const DType dtype : {DType::F32, DType::F64}) {
+      Case c = assign_case(1, pairs, 1, 1, 1);
+      c.dtype = dtype;
+      suite.run("assign_backward", c);
+    }
+  }
+}
+
+void dense_cases(Suite& suite, Case c) {
+  suite.run("dense", c);
+  for (int layout = 0; layout < 4; ++layout) {
+    c.grad_dispatch = Layout(layout), c.grad_combine = Layout((layout + 1) % 4);
+    suite.run("dense_backward", c);
+  }
+  c.grad_dispatch = c.grad_combine = Layout::Absent;
+  suite.run("dense_backward", c);
+}
+
+void row_cases(Suite& suite, Case c) {
+  for (const char* kernel : {"dispatch", "dispatch_backward", "combine", "combine_backward"}) suite.run(kernel, c);
+  c.wants_weight = false;
+  suite.run("dispatch_backward", c);
+}
+
+// What reads slots: dense, dispatch and combine, and their gradients.
+void slot_cases(Suite& suite) {
+  constexpr RoutingSizes kSizes[] = {{1, 1, 1, 1},   {2, 9, 3, 2},    {1, 40, 5, 3},  {3, 17, 8, 2}, {1, 6, 64, 33},
+                                     {1, 5, 50, 40}, {2, 12, 16, 16}, {1, 7, 600, 5}, {2, 0, 4, 2},  {0, 3, 4, 2}};
+  constexpr int64_t kCapacities[] = {1, 1, 30, 5, 2, 3, 4, 1, 2, 2};
+  // Many rows to a multiprocessor, of which a warp handles several at once.
+  constexpr RoutingSizes kManyRows[] = {{2, 300, 16, 2}, {1, 300, 12, 12}, {1, 70, 64, 32}, {1, 40, 50, 40}};
+  constexpr int64_t kManyCapacities[] = {50, 40, 8, 30};
+  Random random(11);
+  const auto slot_case = [&](DType dtype, const RoutingSizes& s, int64_t capacity, int64_t dim, double aligned, double made_up) {
+    Case c{dtype, s.groups, s.tokens, s.experts, s.top_n, capacity, dim};
+    c.aligned = random.chance(aligned);
+    c.made_up = random.chance(made_up);
+    return c;
+  };
+  for (const DType dtype : kDTypes) {
+    for (size_t i = 0; i < std::size(kSizes); ++i) {
+      for (const int aligned : {0, 1}) dense_cases(suite, slot_case(dtype, kSizes[i], kCapacities[i], 1, aligned, 0.5));
+      for (const int64_t dim : {0, 1, 3, 8, 64, 130, 1024}) {
+        row_cases(suite, slot_case(dtype, kSizes[i], kCapacities[i], dim, 0.7, 0.4));
+      }
+    }
+    for (size_t i = 0; i < std::size(kManyRows); ++i) {
+      for (const int aligned : {0, 1}) {
+        Case c = slot_case(dtype, kManyRows[i], kManyCapacities[i], 8, aligned, 0.5);
+        c.multiprocessors = 1;
+        row_cases(suite, c);
+      }
+    }
+  }
+  dense_cases(suite, {DType::F32, 1, 300, 25, 2, 600});  // past the second-level cache
+}
+
+// The CPU's matrix products against plain loops.
+void linear_cases(Suite& suite) {
+  for (const DType dtype : kDTypes) {
+    for (const int64_t experts : {1, 5, 64}) {
+      for (const int64_t dim : {1, 37, 130}) {
+        for (const char* kernel : {"linear", "linear_backward"}) suite.run(kernel, {dtype, 2, 31, experts, 1, 1, dim});
+      }
+    }
+  }
+}
+
+// Quotients that are whole, and those of one more and one less, of every size.
+void quotient_cases(Suite& suite) {
+  if (!suite.begin("dispatch quotient", false)) return;
+  Random random(11);
+  for (int i = 0; i < 200000; ++i) {
+    const int64_t b = 1 + random.below(int64_t(1) << (1 + i % 40)), q = random.below(1 + (int64_t(1) << 50) / b);
+    for (const int64_t a : {q * b, q * b + b - 1, q * b + random.below(b)}) {
+      if (cuda::quotient(a, b) != a / b) suite.expect_nothing(std::to_string(a), "wrong for / " + std::to_string(b));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace topn_gating::harness
 
 int main(int argc, char** argv) {
-  // Contracted as little as the host's run of the CUDA kernels, so that they differ in the order of sums alone.
+  using namespace topn_gating::harness;
+  // Contracted as little as the host run of the CUDA kernels, so that the two differ in the order of sums alone.
   setenv("TOPN_GATING_CPU_LEVEL", "baseline", 1);
-  kernels_test::Suite suite(argc, argv);
-  kernels_test::gate_cases(suite);
-  kernels_test::assign_cases(suite);
-  kernels_test::slot_cases(suite);
+  Suite suite(argc, argv);
+  quick_gates(suite);
+  gate_sizes(suite);
+  gate_layouts(suite);
+  assign_cases(suite);
+  slot_cases(suite);
+  quotient_cases(suite);
+  linear_cases(suite);
   return suite.finish();
 }

@@ -1,4 +1,4 @@
-// Tensors in host memory, of every type that the kernels take, read and written as double; and random numbers.
+// Tensors in host memory, of every type that the kernels use, read and written as double; and random numbers.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +7,23 @@
 
 #include "router.h"
 
-namespace topn_gating::host {
+namespace topn_gating::harness {
 
 enum class Type { Bool, I32, F32, F64, BF16, F16 };
 Type type_of(DType);
-Type real_of(DType);  // "Real" of router.h
+Type compute_type_of(DType);  // see router.h
 int64_t bytes_of(Type);
-double epsilon_of(Type);  // from 1 to the next number; 0 for integers
-double least_of(Type);    // the smallest number above 0; 0 for integers
+
+// The distance from a number of a floating-point type to the next, whose magnitude is larger; 0 for integers.
+double ulp(Type, double value);
+
+// A tensor that is only read; where it is null, its elements are 0.
+struct View {
+  Type type;
+  const void* data;
+
+  double operator[](int64_t i) const;
+};
 
 class Random {
  public:
@@ -23,14 +32,14 @@ class Random {
   int64_t below(int64_t bound) { return int64_t(bits() >> 11) % bound; }
   bool chance(double p) { return uniform() < p; }
   double uniform();  // in [0, 1), exact in float
-  double normal();   // near enough
+  double normal();   // approximately
 
  private:
   uint64_t state_;
 };
 
-// Memory of exactly that many elements, so that AddressSanitizer sees an overrun by one. Unaligned: as little as its elements
-// allow.
+// Owns exactly `count` elements, so that AddressSanitizer sees an overrun by one. Every byte starts as `fill`. An unaligned
+// buffer is aligned to its elements and no more.
 class Buffer {
  public:
   Buffer() : Buffer(Type::Bool, 0) {}
@@ -48,10 +57,10 @@ class Buffer {
   Type type() const { return type_; }
   int64_t count() const { return count_; }
   int64_t bytes() const { return count_ * bytes_of(type_); }
-  double get(int64_t i) const;
+  double get(int64_t i) const { return View{type_, data_}[i]; }
   void set(int64_t i, double value);
-  bool all_ones(int64_t i) const;                       // its bits
-  int64_t first_difference(const Buffer& other) const;  // of bits; -1: none
+  bool all_ones(int64_t i) const;                       // whether all bits of element i are 1
+  int64_t first_difference(const Buffer& other) const;  // first element whose bits differ; -1: none
 
  private:
   struct Free {
@@ -63,4 +72,4 @@ class Buffer {
   void* data_;
 };
 
-}  // namespace topn_gating::host
+}  // namespace topn_gating::harness

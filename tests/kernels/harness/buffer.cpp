@@ -6,10 +6,10 @@
 #include <limits>
 #include <new>
 
-namespace topn_gating::host {
+namespace topn_gating::harness {
 namespace {
 
-// Numbers of 16 bits: a sign, an exponent, and so many bits of the mantissa.
+// A floating-point type of 16 bits: a sign, an exponent, and `mantissa` bits.
 struct Format {
   int mantissa;
   constexpr int bias() const { return (1 << (14 - mantissa)) - 1; }
@@ -49,7 +49,7 @@ Type type_of(DType dtype) {
   }
   return Type::F32;
 }
-Type real_of(DType dtype) { return dtype == DType::F64 ? Type::F64 : Type::F32; }
+Type compute_type_of(DType dtype) { return dtype == DType::F64 ? Type::F64 : Type::F32; }
 
 int64_t bytes_of(Type type) {
   switch (type) {
@@ -63,28 +63,17 @@ int64_t bytes_of(Type type) {
   return 0;
 }
 
-double epsilon_of(Type type) {
-  switch (type) {
-    case Type::Bool:
-    case Type::I32: return 0;
-    case Type::BF16: return 0x1p-7;
-    case Type::F16: return 0x1p-10;
-    case Type::F32: return 0x1p-23;
-    case Type::F64: return 0x1p-52;
-  }
-  return 0;
-}
-
-double least_of(Type type) {
-  switch (type) {
-    case Type::Bool:
-    case Type::I32: return 0;
-    case Type::BF16: return 0x1p-133;
-    case Type::F16: return 0x1p-24;
-    case Type::F32: return 0x1p-149;
-    case Type::F64: return 0x1p-1074;
-  }
-  return 0;
+double ulp(Type type, double value) {
+  struct Float {
+    int digits, least_exponent;
+  };
+  const auto [digits, least_exponent] = type == Type::BF16  ? Float{8, -126}
+                                        : type == Type::F16 ? Float{11, -14}
+                                        : type == Type::F64 ? Float{53, -1022}
+                                                            : Float{24, -126};
+  if (type == Type::Bool || type == Type::I32) return 0;
+  const int exponent = value == 0 ? least_exponent : std::max(std::ilogb(value), least_exponent);
+  return std::ldexp(1.0, exponent + 1 - digits);
 }
 
 uint64_t Random::bits() {  // splitmix64
@@ -110,14 +99,20 @@ Buffer::Buffer(Type type, int64_t count, bool aligned, int fill) : type_(type), 
   std::memset(data_, fill, size);
 }
 
-double Buffer::get(int64_t i) const {
-  switch (type_) {
-    case Type::Bool: return as<unsigned char>()[i];
-    case Type::I32: return as<int32_t>()[i];
-    case Type::F32: return as<float>()[i];
-    case Type::F64: return as<double>()[i];
-    case Type::BF16: return decode(as<uint16_t>()[i], kBF16);
-    case Type::F16: return decode(as<uint16_t>()[i], kF16);
+double View::operator[](int64_t i) const {
+  if (data == nullptr) return 0;
+  switch (type) {
+    case Type::Bool: return static_cast<const unsigned char*>(data)[i];
+    case Type::I32: return static_cast<const int32_t*>(data)[i];
+    case Type::F32: return static_cast<const float*>(data)[i];
+    case Type::F64: return static_cast<const double*>(data)[i];
+    case Type::BF16: {  // the upper half of a float's bits
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(data)[i]) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+    case Type::F16: return decode(static_cast<const uint16_t*>(data)[i], kF16);
   }
   return 0;
 }
@@ -146,4 +141,4 @@ int64_t Buffer::first_difference(const Buffer& other) const {
   return i;
 }
 
-}  // namespace topn_gating::host
+}  // namespace topn_gating::harness

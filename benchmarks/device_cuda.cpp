@@ -1,4 +1,4 @@
-// A GPU: the current device of the CUDA runtime.
+// A GPU: the CUDA runtime's current device.
 #include <stdexcept>
 
 #include "cuda/kernels.h"
@@ -30,15 +30,15 @@ class Cuda : public Device {
     return std::string(properties.name) + ", L2 cache " + std::to_string(properties.l2CacheSize >> 20) + " MiB";
   }
 
-  std::shared_ptr<void> memory_of(const Buffer& buffer) override {
+  Memory memory_of(const Buffer& buffer) override {
     void* memory = nullptr;
     check(cudaMalloc(&memory, size_t(buffer.bytes())));
-    std::shared_ptr<void> owned(memory, [](void* p) { cudaFree(p); });
+    Memory owned(memory, [](void* p) { cudaFree(p); });
     check(cudaMemcpyAsync(memory, buffer.data(), size_t(buffer.bytes()), cudaMemcpyHostToDevice, stream_));
     wait();
     return owned;
   }
-  void read_back(const std::shared_ptr<void>& memory, const Buffer& to) override {
+  void read_back(const Memory& memory, const Buffer& to) override {
     check(cudaMemcpyAsync(to.data(), memory.get(), size_t(to.bytes()), cudaMemcpyDeviceToHost, stream_));
     wait();
   }
@@ -47,18 +47,18 @@ class Cuda : public Device {
     return {[=] { check(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, stream_)); }};
   }
 
-  // A graph of several calls, between two events: what a launch costs the host is not in the time.
+  // Times a graph of several calls between two events, which excludes the host's launch overhead.
   Stopwatch stopwatch(std::function<void()> call) override {
     constexpr int64_t calls = 20;
     cudaGraph_t graph = nullptr;
-    cudaGraphExec_t made = nullptr;
+    cudaGraphExec_t instance = nullptr;
     check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
     for (int64_t i = 0; i < calls; ++i) call();
     check(cudaStreamEndCapture(stream_, &graph));
-    const cudaError_t error = cudaGraphInstantiateWithFlags(&made, graph, 0);
+    const cudaError_t error = cudaGraphInstantiateWithFlags(&instance, graph, 0);
     cudaGraphDestroy(graph);
     check(error);
-    const std::shared_ptr<CUgraphExec_st> replayed(made, cudaGraphExecDestroy);
+    const std::shared_ptr<CUgraphExec_st> replayed(instance, cudaGraphExecDestroy);
     return {calls, [this, replayed] {
               check(cudaEventRecord(start_, stream_));
               check(cudaGraphLaunch(replayed.get(), stream_));
@@ -71,22 +71,23 @@ class Cuda : public Device {
   }
   void wait() override { check(cudaStreamSynchronize(stream_)); }
 
-  int64_t workspace_bytes(const Gate& a) const override { return cuda::workspace_bytes(a); }
-  int64_t workspace_bytes(const GateBackward& a) const override { return cuda::workspace_bytes(a); }
-  int64_t workspace_bytes(const Assign& a) const override { return cuda::workspace_bytes(a); }
-
-  void run(const Gate& a) override { check(cuda::run(a, stream_)); }
-  void run(const GateBackward& a) override { check(cuda::run(a, stream_)); }
-  void run(const Assign& a) override { check(cuda::run(a, stream_)); }
-  void run(const AssignBackward& a) override { check(cuda::run(a, stream_)); }
-  void run(const Dense& a) override { check(cuda::run(a, stream_)); }
-  void run(const DenseBackward& a) override { check(cuda::run(a, stream_)); }
-  void run(const Dispatch& a) override { check(cuda::run(a, stream_)); }
-  void run(const DispatchBackward& a) override { check(cuda::run(a, stream_)); }
-  void run(const Combine& a) override { check(cuda::run(a, stream_)); }
-  void run(const CombineBackward& a) override { check(cuda::run(a, stream_)); }
+  int64_t workspace_bytes(const Call& call) const override {
+    int64_t bytes = 0;
+    visit(call, [&](const auto& args) { bytes = cuda::workspace_bytes(args); });
+    return bytes;
+  }
+  void run(const Call& call) override {
+    visit(call, [this](const auto& args) { check(cuda::run(args, stream_)); });
+  }
 
  private:
+  template <class F>
+  static void visit(const Call& call, const F& function) {
+    call.visit([&](const auto& args) {
+      if constexpr (!harness::kOnCpuAlone<std::decay_t<decltype(args)>>) function(args);
+    });
+  }
+
   cudaStream_t stream_ = nullptr;
   cudaEvent_t start_ = nullptr, end_ = nullptr;
 };

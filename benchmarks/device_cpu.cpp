@@ -1,4 +1,4 @@
-// The CPU: threads of OpenMP, as torch has them.
+// The CPU, with OpenMP threads as torch uses them.
 #include <omp.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace topn_gating::bench {
 namespace {
 
-// Cut as torch's own parallel_for cuts: as many parts as threads, of at least `grain`.
+// Splits a loop as torch's parallel_for does: into as many parts as there are threads, each of at least `grain` items.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, cpu::Body body, void* context) {
   const int64_t count = end - begin;
   if (count <= grain || omp_in_parallel()) return count > 0 ? body(begin, end, context) : void();
@@ -41,7 +41,7 @@ void copy_lines(int64_t begin, int64_t end, void* context) {
   std::memcpy(copy.to + begin, copy.from + begin, size_t(end - begin) * sizeof(Line));
 }
 
-// Past the caches: what is written is not read first.
+// Copies with stores that bypass the caches, so that the target's lines are not read first.
 void stream_lines(int64_t begin, int64_t end, void* context) {
 #ifdef __SSE2__
   const Copy& copy = *static_cast<const Copy*>(context);
@@ -65,10 +65,8 @@ class Cpu : public Device {
     return std::string(cpu::level()) + ", " + std::to_string(omp_get_max_threads()) + " threads";
   }
 
-  std::shared_ptr<void> memory_of(const Buffer& buffer) override {
-    return std::shared_ptr<void>(buffer.data(), [](void*) {});
-  }
-  void read_back(const std::shared_ptr<void>&, const Buffer&) override {}
+  Memory memory_of(const Buffer& buffer) override { return harness::host_memory_of(buffer); }
+  void read_back(const Memory&, const Buffer&) override {}
 
   std::vector<std::function<void()>> copies(void* to, const void* from, int64_t bytes) override {
     const int64_t lines = bytes / int64_t(sizeof(Line));
@@ -89,23 +87,14 @@ class Cpu : public Device {
   }
   void wait() override {}
 
-  int64_t workspace_bytes(const Gate& a) const override { return cpu::workspace_bytes(a); }
-  int64_t workspace_bytes(const GateBackward& a) const override { return cpu::workspace_bytes(a); }
-  int64_t workspace_bytes(const Assign& a) const override { return cpu::workspace_bytes(a); }
-  int64_t workspace_bytes(const LinearBackward& a) const override { return cpu::workspace_bytes(a); }
-
-  void run(const Gate& a) override { cpu::run(a, parallel_for); }
-  void run(const GateBackward& a) override { cpu::run(a, parallel_for); }
-  void run(const Assign& a) override { cpu::run(a, parallel_for); }
-  void run(const AssignBackward& a) override { cpu::run(a, parallel_for); }
-  void run(const Dense& a) override { cpu::run(a, parallel_for); }
-  void run(const DenseBackward& a) override { cpu::run(a, parallel_for); }
-  void run(const Dispatch& a) override { cpu::run(a, parallel_for); }
-  void run(const DispatchBackward& a) override { cpu::run(a, parallel_for); }
-  void run(const Combine& a) override { cpu::run(a, parallel_for); }
-  void run(const CombineBackward& a) override { cpu::run(a, parallel_for); }
-  void run(const Linear& a) override { cpu::run(a, parallel_for); }
-  void run(const LinearBackward& a) override { cpu::run(a, parallel_for); }
+  int64_t workspace_bytes(const Call& call) const override {
+    int64_t bytes = 0;
+    call.visit([&](const auto& args) { bytes = cpu::workspace_bytes(args); });
+    return bytes;
+  }
+  void run(const Call& call) override {
+    call.visit([](const auto& args) { cpu::run(args, parallel_for); });
+  }
 };
 
 }  // namespace

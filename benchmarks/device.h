@@ -1,0 +1,46 @@
+// Where kernels run: its memory, its copies and its clock.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "harness/call.h"
+
+namespace topn_gating::bench {
+
+using harness::Buffer;
+using harness::Call;
+using harness::Memory;
+
+// Makes `calls` calls one after the other and returns their seconds in all.
+struct Stopwatch {
+  int64_t calls;
+  std::function<double()> seconds;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual const char* name() const = 0;
+  virtual bool is_cpu() const { return false; }
+  virtual std::string description() const = 0;
+
+  // Returns memory of the device with a buffer's contents, which on the CPU is the buffer's own; and copies it back.
+  virtual Memory memory_of(const Buffer&) = 0;
+  virtual void read_back(const Memory& memory, const Buffer& to) = 0;
+
+  // Several ways to copy memory of the device, of which the fastest shows its bandwidth.
+  virtual std::vector<std::function<void()>> copies(void* to, const void* from, int64_t bytes) = 0;
+  virtual Stopwatch stopwatch(std::function<void()> call) = 0;
+  virtual void wait() = 0;  // until every call has ended
+
+  virtual int64_t workspace_bytes(const Call&) const = 0;
+  virtual void run(const Call&) = 0;
+};
+
+std::unique_ptr<Device> cpu_device(int threads);
+std::unique_ptr<Device> cuda_device(std::string* why_not);  // null where there is no card
+
+}  // namespace topn_gating::bench

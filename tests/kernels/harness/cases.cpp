@@ -1,0 +1,404 @@
+#include "cases.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+namespace topn_gating::harness {
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::F32: return "f32";
+    case DType::F64: return "f64";
+    case DType::BF16: return "bf16";
+    case DType::F16: return "f16";
+  }
+  return "";
+}
+
+namespace {
+
+// A case's sizes and types, and generators of its tensors.
+struct Problem {
+  const Case& c;
+  const Type type = type_of(c.dtype), compute_type = compute_type_of(c.dtype);
+  const int64_t tokens = c.groups * c.tokens, pairs = tokens * c.top_n, of_experts = c.groups * c.experts,
+                slots = of_experts * c.capacity;
+  const bool hard = c.inputs == Inputs::Hard, random_inputs = c.inputs == Inputs::Random;
+  const bool noise = c.noise || hard, mask = c.mask || hard;
+  mutable Random random{uint64_t(c.experts * 1000 + c.top_n)};
+
+  RoutingSizes sizes() const { return {c.groups, c.tokens, c.experts, c.top_n}; }
+
+  template <class F>
+  Buffer buffer(Type of, int64_t count, const F& f) const {
+    return Buffer::of(of, count, c.aligned, f);
+  }
+  // Numbers around 0: normal, or uniform in [-1, 1) where the case is not random.
+  Buffer values(Type of, int64_t count) const {
+    return buffer(of, count, [&](int64_t) { return random_inputs ? random.normal() : 2 * random.uniform() - 1; });
+  }
+  Buffer uniforms(Type of, int64_t count) const {
+    return buffer(of, count, [&](int64_t) { return random.uniform(); });
+  }
+  Buffer copy(Type of, const Buffer& from) const {
+    return buffer(of, from.count(), [&](int64_t i) { return from.get(i); });
+  }
+
+  // One rounding of the compute type, relative.
+  double rounding() const { return compute_type == Type::F64 ? 0x1p-53 : 0x1p-24; }
+  // The relative error of a kernel's result, that of docs/spec.md; noise rounds the scores.
+  double precision() const { return compute_type == Type::F64 ? 1e-13 : noise ? 4e-6 : 1e-6; }
+
+  // Bounds of results that are exact up to the rounding to their own type.
+  Bound exact() const { return {0.5}; }
+  Bound close() const { return {0.5, precision()}; }
+  // Bounds of sums of `terms` products, which may cancel.
+  Bound sum(int64_t terms) const {
+    return {0.5, precision(), precision() * std::sqrt(double(terms)) * (random_inputs ? 16 : 1)};
+  }
+  Bound sum_of_backend(int64_t terms) const {
+    return {1, 0, 8 * rounding() * std::sqrt(double(terms)), 8 * rounding()};
+  }
+};
+
+// A logit of the hard case. Scores differ by multiples of 1/8, or where there is noise by far more than a rounding.
+double hard_logit(Random& random, int64_t expert, int64_t experts) {
+  const double wanted = expert < 2 ? 2 : expert == experts - 1 ? -3 : 0;
+  return std::round(8 * (random.normal() / 2 + wanted)) / 8;
+}
+
+// A logit of group 0 that is not a number, or not finite; those of other groups are normal, as are their sums.
+double special_logit(int64_t token, int64_t tokens, int64_t expert, double normal) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  if (token >= tokens) return normal;
+  switch (token % 6) {
+    case 0: return expert == token % 5 ? std::nan("") : normal;
+    case 1: return expert % 3 == 1 ? infinity : normal;
+    case 2: return expert % 2 == 0 ? -infinity : normal;
+    case 3: return -infinity;
+    case 4: return 1;
+  }
+  return normal;
+}
+
+Buffer mask_of(const Problem& p) {
+  Random random(5);
+  return Buffer::of(Type::Bool, p.tokens, true, [&](int64_t i) {
+    return p.random_inputs && i / p.c.tokens == 1 ? 0 : random.chance(0.8);  // group 1 has no valid token
+  });
+}
+
+GateInputs gate_inputs(const Problem& p) {
+  return {p.sizes(), {p.c.eps, 1, p.c.soft}, p.c.dtype};
+}
+
+template <class Args>
+void add_gate_inputs(Call& call, Args& a, const Problem& p) {
+  const Case& c = p.c;
+  call.input(a.logits, p.buffer(p.type, p.tokens * c.experts, [&](int64_t i) {
+    if (p.hard) return hard_logit(p.random, i % c.experts, c.experts);
+    const double normal = p.random.normal() * (p.random_inputs ? 2 : 1);
+    if (c.logits == Logits::Special) return special_logit(i / c.experts, c.tokens, i % c.experts, normal);
+    return c.logits == Logits::Ties ? std::round(normal / 2) : normal;  // with -0
+  }));
+  if (p.noise) {
+    call.input(a.noise, p.buffer(p.compute_type, p.tokens * c.experts, [&](int64_t) {
+      if (p.hard) return double(p.random.below(8)) / 8;
+      return p.random.chance(0.01) ? 0 : p.random.uniform();
+    }));
+  }
+  if (p.mask) call.input(a.token_mask, mask_of(p));
+}
+
+void gate(Call& call, const Case& c) {
+  const Problem p{c};
+  Gate& a = call.arguments(Gate{gate_inputs(p)});
+  a.losses = c.losses;
+  add_gate_inputs(call, a, p);
+  // Between backends a row is summed in another order, which where all gates are equal rounds one way. The soft top-n magnifies
+  // that, but is computed in double.
+  const Bound sums{10 + double(c.experts) / 24};
+  const Bound of_weight = !c.soft ? sums : Bound{c.dtype == DType::F64 ? 10 + double(c.experts) / 6 : 2};
+  call.output(a.weight, "weight", p.compute_type, p.pairs, p.close(), of_weight);
+  call.output(a.expert, "expert", Type::I32, p.pairs);
+  call.output(a.importance, "importance", p.compute_type, p.of_experts, p.close(), sums);
+  call.output(a.top_count, "top_count", Type::I32, p.of_experts);
+  call.output(a.balance_loss, "balance_loss", p.compute_type, 1, p.close(), sums);
+  call.output(a.router_z_loss, "router_z_loss", p.compute_type, 1, p.close(), sums);
+  call.workspace(a.workspace);
+}
+
+// The outputs of gate: weight, expert, importance, top_count and the losses.
+std::vector<Buffer> gate_outputs(const Case& c) {
+  Case with_losses = c;
+  with_losses.losses = true;
+  Call call;
+  gate(call, with_losses);
+  return call.run_reference().outputs;
+}
+
+// About how large a gradient at a gate is, which cancels against the mean where the gate is near 1: the fewer valid tokens a group
+// has, the larger.
+double largest_gradient(const Case& c, const Buffer& top_count) {
+  double most = 1;
+  for (int64_t group = 0; group < c.groups; ++group) {
+    double valid = 0;
+    for (int64_t e = 0; e < c.experts; ++e) valid += top_count.get(group * c.experts + e);
+    most = std::max(most, (4 + double(c.experts) / double(c.groups)) / std::max(valid, 1.0));
+  }
+  return most;
+}
+
+void gate_backward(Call& call, const Case& c) {
+  const Problem p{c};
+  GateBackward& a = call.arguments(GateBackward{gate_inputs(p)});
+  add_gate_inputs(call, a, p);
+  const std::vector<Buffer> outputs = gate_outputs(c);
+  const Buffer mask = mask_of(p);
+  if (c.gradients & kOfWeight) {  // of some padding only: padding without one gets no gradient at all
+    call.input(a.grad_weight, p.buffer(p.compute_type, p.pairs, [&](int64_t i) {
+      const int64_t token = i / c.top_n;
+      return p.mask && mask.get(token) == 0 && token % 2 == 0 ? 0 : p.random.normal();
+    }));
+  }
+  if (c.gradients & kOfImportance) call.input(a.grad_importance, p.values(p.compute_type, p.of_experts));
+  if (c.gradients & kOfBalance) call.input(a.grad_balance_loss, p.values(p.compute_type, 1));
+  if (c.gradients & kOfZ) call.input(a.grad_router_z_loss, p.values(p.compute_type, 1));
+  call.input(a.expert, p.buffer(Type::I32, p.pairs, [&](int64_t i) {
+    return c.made_up && p.random.chance(0.2) ? double(p.random.below(3 * c.experts) - c.experts) : outputs[1].get(i);
+  }));
+  call.input(a.top_count, p.copy(Type::I32, outputs[3]));
+  // Differences of gradients about as large cancel.
+  const double largest = largest_gradient(c, outputs[3]), roundings = 32 * p.rounding();
+  const double cancelled = p.random_inputs ? p.precision() * largest : 0;
+  call.output(a.grad_logits, "grad_logits", p.type, p.tokens * c.experts, {0.5, p.precision(), cancelled, p.precision()},
+              {1, 0, roundings * largest, roundings});
+  call.workspace(a.workspace);
+}
+
+// Weights and experts of all pairs: those of gate, or random ones, half of whose pairs ask for one of three experts.
+struct Choice {
+  Buffer weight, expert;
+};
+Choice choice_of(const Problem& p) {
+  if (!p.random_inputs) {
+    const std::vector<Buffer> outputs = gate_outputs(p.c);
+    return {p.copy(p.compute_type, outputs[0]), p.copy(Type::I32, outputs[1])};
+  }
+  Random random(uint64_t(p.c.tokens * 1000 + p.c.experts));
+  return {p.uniforms(p.compute_type, p.pairs), p.buffer(Type::I32, p.pairs, [&](int64_t) {
+    if (p.c.made_up && random.chance(0.1)) return random.chance(0.5) ? -1.0 : 2147483647.0;
+    if (p.c.made_up && random.chance(0.1)) return double(p.c.experts);
+    return double(random.below(random.chance(0.5) && p.c.experts > 3 ? 3 : p.c.experts));
+  })};
+}
+
+void assign(Call& call, const Case& c) {
+  const Problem p{c};
+  Assign& a = call.arguments(Assign{p.sizes(), {c.capacity, c.policy, c.eps}});
+  a.is_double = p.compute_type == Type::F64;
+  Choice choice = choice_of(p);
+  call.input(a.weight, std::move(choice.weight));
+  call.input(a.expert, std::move(choice.expert));
+  if (c.policy == Policy::Random) call.input(a.draws, p.uniforms(p.compute_type, p.pairs));
+  if (c.policy == Policy::Random || c.policy == Policy::Threshold) {
+    call.input(a.threshold, p.buffer(p.compute_type, c.top_n, [&](int64_t k) {
+      if (p.random_inputs) return k % 5 == 4 ? 0 : 0.6 * p.random.uniform();
+      return p.hard ? double(k % 3) / 2 : 0.2;
+    }));
+  }
+  if (p.mask) call.input(a.token_mask, mask_of(p));
+  call.output(a.kept, "kept", p.compute_type, p.pairs);
+  call.output(a.slot, "slot", Type::I32, p.pairs);
+  call.output(a.source, "source", Type::I32, p.slots);
+  call.output(a.demand, "demand", Type::I32, p.of_experts);
+  call.workspace(a.workspace);
+}
+
+// What assign gives or, where the case makes indices up, something near it; and how many pairs and tokens hold a slot.
+struct Held {
+  Buffer weight, expert, slot, source;
+  int64_t pairs = 0, tokens = 0;
+
+  explicit Held(const Problem& p) {
+    Case given = p.c;
+    given.made_up = false;
+    Call call;
+    assign(call, given);
+    weight = p.copy(p.compute_type, call.input_of(0));
+    expert = p.copy(Type::I32, call.input_of(1));
+    const std::vector<Buffer> outputs = call.run_reference().outputs;
+    slot = p.copy(Type::I32, outputs[1]);
+    source = p.copy(Type::I32, outputs[2]);
+    for (int64_t token = 0; token < p.tokens; ++token) {
+      int64_t held = 0;
+      for (int64_t pair = token * p.c.top_n; pair < (token + 1) * p.c.top_n; ++pair) held += slot.get(pair) >= 0;
+      pairs += held;
+      tokens += held > 0;
+    }
+    if (p.c.made_up) make_up(p);
+  }
+
+ private:
+  void make_up(const Problem& p) {
+    for (int64_t i = 0; i < expert.count(); ++i) {
+      if (p.random.chance(0.1)) expert.set(i, double(p.random.below(p.c.experts + 2) - 1));
+      if (p.random.chance(0.1)) slot.set(i, double(p.random.below(p.c.capacity + 4) - 3));
+    }
+    for (int64_t i = 0; i < source.count(); ++i) {
+      if (p.random.chance(0.1)) source.set(i, double(p.random.below(p.c.tokens * p.c.top_n + 4) - 2));
+      if (p.random.chance(0.05)) source.set(i, p.random.chance(0.5) ? 2147483647.0 : -2147483648.0);
+    }
+  }
+};
+
+void assign_backward(Call& call, const Case& c) {
+  const Problem p{c};
+  AssignBackward& a = call.arguments(AssignBackward{p.compute_type == Type::F64, p.pairs});
+  call.input(a.grad_kept, p.values(p.compute_type, p.pairs));
+  call.input(a.slot, p.buffer(Type::I32, p.pairs, [&](int64_t) { return double(p.random.below(6) - 2); }));
+  call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs);
+}
+
+// Adds `expert`, `slot` and `source`, of which the kernel must read so many elements; no source where it reads none.
+Assignment sizes_of(const Problem& p) { return {p.sizes(), p.c.capacity}; }
+void add_assignment(Call& call, Assignment& a, Held& held, int64_t of_pairs, int64_t of_slots) {
+  call.input(a.expert, std::move(held.expert), of_pairs);
+  call.input(a.slot, std::move(held.slot), of_pairs);
+  if (of_slots >= 0) call.input(a.source, std::move(held.source), of_slots);
+}
+
+void dense(Call& call, const Case& c) {
+  const Problem p{c};
+  Held held(p);
+  Dense& a = call.arguments(Dense{c.dtype, sizes_of(p)});
+  add_assignment(call, a.assignment, held, p.pairs, -1);
+  call.input(a.weight, std::move(held.weight));
+  call.output(a.dispatch, "dispatch", p.type, p.tokens * c.experts * c.capacity, p.exact());
+  call.output(a.combine, "combine", p.type, p.tokens * c.experts * c.capacity, p.exact());
+}
+
+// Adds a gradient (g, n, e, C) of that layout.
+void add_strided(Call& call, const void*& field, int64_t* strides, const Problem& p, Layout layout, int64_t elements) {
+  constexpr int64_t kSector = 32;  // bytes that are read for each element, which is far from the next
+  const int64_t n = p.c.tokens, e = p.c.experts, capacity = p.c.capacity;
+  if (layout == Layout::Absent) return;
+  const auto set = [&](int64_t group, int64_t token, int64_t expert, int64_t slot) {
+    strides[0] = group, strides[1] = token, strides[2] = expert, strides[3] = slot;
+  };
+  if (layout == Layout::Contiguous) set(n * e * capacity, e * capacity, capacity, 1);
+  if (layout == Layout::Transposed) set(n * e * capacity, 1, capacity * n, n);
+  if (layout == Layout::Expanded) set(0, 0, 0, 0);  // the gradient of a sum
+  const int64_t count = layout == Layout::Expanded ? 1 : p.tokens * e * capacity;
+  call.input(field, p.values(p.type, count), elements, kSector);
+}
+
+void dense_backward(Call& call, const Case& c) {
+  const Problem p{c};
+  Held held(p);
+  DenseBackward& a = call.arguments(DenseBackward{});
+  a.dtype = c.dtype;
+  a.assignment = sizes_of(p);
+  add_assignment(call, a.assignment, held, p.pairs, -1);
+  add_strided(call, a.grad_dispatch, a.dispatch_strides, p, c.grad_dispatch, held.pairs);
+  add_strided(call, a.grad_combine, a.combine_strides, p, c.grad_combine, held.pairs);
+  call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs, p.close());
+}
+
+template <class Args>
+Args& rows_of(Call& call, const Problem& p) {
+  Args args;
+  args.dtype = p.c.dtype;
+  args.assignment = sizes_of(p);
+  args.dim = p.c.dim;
+  return call.arguments(args);
+}
+
+void dispatch(Call& call, const Case& c) {
+  const Problem p{c};
+  Held held(p);
+  Dispatch& a = rows_of<Dispatch>(call, p);
+  add_assignment(call, a.assignment, held, held.pairs, p.slots);
+  call.input(a.x, p.values(p.type, p.tokens * c.dim), held.tokens * c.dim);
+  call.output(a.y, "y", p.type, p.slots * c.dim);
+}
+
+void dispatch_backward(Call& call, const Case& c) {
+  const Problem p{c};
+  Held held(p);
+  DispatchBackward& a = rows_of<DispatchBackward>(call, p);
+  add_assignment(call, a.assignment, held, p.pairs, held.pairs);
+  call.input(a.grad_y, p.values(p.type, p.slots * c.dim), held.pairs * c.dim);
+  call.output(a.grad_x, "grad_x", p.type, p.tokens * c.dim, p.sum(c.top_n), p.sum_of_backend(c.top_n));
+  if (!c.wants_weight) return;
+  call.input(a.x, p.values(p.type, p.tokens * c.dim), held.tokens * c.dim);
+  call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs, p.sum(c.dim), p.sum_of_backend(c.dim));
+}
+
+void combine(Call& call, const Case& c) {
+  const Problem p{c};
+  Held held(p);
+  Combine& a = rows_of<Combine>(call, p);
+  add_assignment(call, a.assignment, held, p.pairs, held.pairs);
+  call.input(a.weight, std::move(held.weight), held.pairs);
+  call.input(a.y, p.values(p.type, p.slots * c.dim), held.pairs * c.dim);
+  call.output(a.out, "out", p.type, p.tokens * c.dim, p.sum(c.top_n), p.sum_of_backend(c.top_n));
+}
+
+void combine_backward(Call& call, const Case& c) {
+  const Problem p{c};
+  Held held(p);
+  CombineBackward& a = rows_of<CombineBackward>(call, p);
+  add_assignment(call, a.assignment, held, held.pairs, p.slots);
+  call.input(a.weight, std::move(held.weight), held.pairs);
+  call.input(a.grad_out, p.values(p.type, p.tokens * c.dim), held.tokens * c.dim);
+  call.input(a.y, p.values(p.type, p.slots * c.dim), held.pairs * c.dim);
+  call.output(a.grad_y, "grad_y", p.type, p.slots * c.dim, p.close());
+  call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs, p.sum(c.dim), p.sum_of_backend(c.dim));
+}
+
+void linear(Call& call, const Case& c) {
+  const Problem p{c};
+  Linear& a = call.arguments(Linear{{c.dtype, p.tokens, c.dim, c.experts}});
+  call.input(a.x, p.values(p.type, p.tokens * c.dim));
+  call.input(a.weight, p.values(p.type, c.experts * c.dim));
+  call.output(a.logits, "logits", p.type, p.tokens * c.experts, p.sum(c.dim));
+}
+
+void linear_backward(Call& call, const Case& c) {
+  const Problem p{c};
+  LinearBackward& a = call.arguments(LinearBackward{{c.dtype, p.tokens, c.dim, c.experts}});
+  call.input(a.grad_logits, p.values(p.type, p.tokens * c.experts));
+  call.input(a.x, p.values(p.type, p.tokens * c.dim));
+  call.input(a.weight, p.values(p.type, c.experts * c.dim));
+  call.output(a.grad_x, "grad_x", p.type, p.tokens * c.dim, p.sum(c.experts));
+  call.output(a.grad_weight, "grad_weight", p.type, c.experts * c.dim, p.sum(p.tokens));
+  call.workspace(a.workspace);
+}
+
+}  // namespace
+
+const std::vector<Kernel> kKernels = {{"gate", gate},
+                                      {"gate_backward", gate_backward},
+                                      {"assign", assign},
+                                      {"assign_backward", assign_backward},
+                                      {"dense", dense},
+                                      {"dense_backward", dense_backward},
+                                      {"dispatch", dispatch},
+                                      {"dispatch_backward", dispatch_backward},
+                                      {"combine", combine},
+                                      {"combine_backward", combine_backward},
+                                      {"linear", linear, true},
+                                      {"linear_backward", linear_backward, true}};
+
+void set_up(const char* name, Call& call, const Case& c) {
+  for (const Kernel& kernel : kKernels) {
+    if (std::strcmp(kernel.name, name) == 0) return kernel.set_up(call, c);
+  }
+  throw std::logic_error(std::string("no kernel ") + name);
+}
+
+}  // namespace topn_gating::harness
