@@ -43,8 +43,8 @@ TRAFFIC = {
     "gate_backward": Traffic("grad_weight grad_balance_loss grad_router_z_loss logits expert top_count grad_logits"),
     "assign": Traffic("weight expert draws threshold kept slot source demand"),
     "assign_backward": Traffic("grad_kept slot grad_weight"),
-    "dense": Traffic("weight expert slot dispatch combine"),
-    "dense_backward": Traffic("expert slot grad_weight", pair_sectors="grad_dispatch grad_combine"),
+    "dense": Traffic("weight expert slot dispatch combine", pair_elements="source"),
+    "dense_backward": Traffic("expert slot grad_weight", pair_elements="source", pair_sectors="grad_dispatch grad_combine"),
     "dispatch": Traffic("source y", pair_elements="expert slot", token_rows="x"),
     "dispatch_backward": Traffic("expert slot grad_x grad_weight", pair_elements="source", pair_rows="grad_y", token_rows="x"),
     "combine": Traffic("expert slot out", pair_elements="weight source", pair_rows="y"),
@@ -136,14 +136,12 @@ class Problem:
             return {**arguments, "token_mask": None, **sizes}
         if name == "assign_backward":
             return {"grad_kept": self.weight, "slot": self.slot}
-        held = {"expert": self.expert, "slot": self.slot}
+        rows = {"expert": self.expert, "slot": self.slot, "source": self.source}
         if name == "dense":
-            options = {"num_gates": e, "capacity": self.capacity, "dtype": self.dtype, "straight_through": True}
-            return {"weight": self.kept, **held, **options}
+            return {"weight": self.kept, **rows, "dtype": self.dtype, "straight_through": True}
         if name == "dense_backward":
             grad_dispatch, grad_combine = self.dense()
-            return {"grad_dispatch": grad_dispatch, "grad_combine": grad_combine, **held}
-        rows = held | {"source": self.source}
+            return {"grad_dispatch": grad_dispatch, "grad_combine": grad_combine, **rows}
         if name == "dispatch":
             return {"x": self.tokens(), "weight": self.kept, **rows, "straight_through": True}
         if name == "dispatch_backward":

@@ -114,20 +114,20 @@ struct Assignment : RoutingSizes {
 
 // docs/spec.md, step 9. Each element of the two outputs is written once.
 struct Dense {
-  DType dtype;                   // type of both outputs
-  Assignment assignment;         // without source: a row belongs to one token
+  DType dtype;  // type of both outputs
+  Assignment assignment;
   const void* weight = nullptr;  // (g, n, k) of the compute type
   void* dispatch = nullptr;      // (g, n, e, C) 1 where the pair of the token and the expert holds the slot, 0 elsewhere
   void* combine = nullptr;       // (g, n, e, C) the pair's weight there, 0 elsewhere
 };
 
 struct DenseBackward {
-  DType dtype;                          // type of both gradients
-  Assignment assignment;                // without source
+  DType dtype;  // type of both gradients
+  Assignment assignment;
   const void* grad_dispatch = nullptr;  // (g, n, e, C) by strides, or null
   const void* grad_combine = nullptr;   // (g, n, e, C) by strides, or null
-  int64_t dispatch_strides[4];          // in elements
-  int64_t combine_strides[4];           // in elements
+  int64_t dispatch_strides[4] = {};     // in elements
+  int64_t combine_strides[4] = {};      // in elements
   void* grad_weight = nullptr;          // (g, n, k) of the compute type
 };
 

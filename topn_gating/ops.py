@@ -203,8 +203,8 @@ class Dense(Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _weight, expert, slot, *_sizes, ctx.straight_through = inputs
-        ctx.save_for_backward(expert, slot)
+        _weight, *indices, _dtype, ctx.straight_through = inputs
+        ctx.save_for_backward(*indices)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -217,28 +217,24 @@ class Dense(Operator):
 
     @staticmethod
     def fake(
-        weight: Tensor, expert: Tensor, slot: Tensor, num_gates: int, capacity: int, dtype: torch.dtype, *options: Any
+        weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor, dtype: torch.dtype, straight_through: bool
     ) -> tuple[Tensor, Tensor]:
         _expect_dtype("dtype", dtype)
-        _expect_pairs("weight", weight, num_gates, capacity)
-        expect_tensor("weight", weight, weight.shape, compute_dtype(dtype))
-        expect_tensor("expert", expert, weight.shape, torch.int32)
-        expect_tensor("slot", slot, weight.shape, torch.int32)
-        shape = (*weight.shape[:-1], num_gates, capacity)
+        _expect_assigned(expert, slot, source)
+        expect_tensor("weight", weight, expert.shape, compute_dtype(dtype))
+        shape = (*expert.shape[:-1], *source.shape[-2:])
         return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
 
     @staticmethod
-    def fake_backward(grad_dispatch: Tensor | None, grad_combine: Tensor | None, expert: Tensor, slot: Tensor) -> Tensor:
+    def fake_backward(
+        grad_dispatch: Tensor | None, grad_combine: Tensor | None, expert: Tensor, slot: Tensor, source: Tensor
+    ) -> Tensor:
         grad = grad_dispatch if grad_combine is None else grad_combine
         if grad is None:
             raise RuntimeError("grad_dispatch or grad_combine must be given")
-        fits = grad.dim() >= 3 and slot.dim() + 1 == grad.dim()
-        expect(fits, "a gradient must have shape (..., tokens, experts, capacity)")
+        _expect_assigned(expert, slot, source)
         _expect_dtype("grad_combine", grad.dtype)
-        _expect_pairs("slot", slot, *grad.shape[-2:])
-        expect_tensor("expert", expert, slot.shape, torch.int32)
-        expect_tensor("slot", slot, slot.shape, torch.int32)
-        shape = (*slot.shape[:-1], *grad.shape[-2:])
+        shape = (*slot.shape[:-1], *source.shape[-2:])
         expect_tensor("grad_dispatch", grad_dispatch, shape, grad.dtype)
         expect_tensor("grad_combine", grad_combine, shape, grad.dtype)
         return slot.new_empty(slot.shape, dtype=compute_dtype(grad.dtype))

@@ -95,9 +95,8 @@ class Routing(NamedTuple):
         """
         check_dtype("dtype", dtype)
         dtype = dtype or self.weight.dtype
-        num_gates, capacity = self.source.shape[-2:]
         weight = self.weight.to(compute_dtype(dtype))
-        dispatch, combine = ops.Dense.call(weight, self.expert, self.slot, num_gates, capacity, dtype, self.straight_through)
+        dispatch, combine = ops.Dense.call(weight, self.expert, self.slot, self.source, dtype, self.straight_through)
         return dispatch, combine
 
     def __repr__(self) -> str:

@@ -15,9 +15,10 @@
     " int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand)")                                    \
   X(assign_backward, "(Tensor grad_kept, Tensor slot) -> Tensor grad_weight")                                                 \
   X(dense,                                                                                                                     \
-    "(Tensor weight, Tensor expert, Tensor slot, int num_gates, SymInt capacity, ScalarType dtype, bool straight_through)"    \
+    "(Tensor weight, Tensor expert, Tensor slot, Tensor source, ScalarType dtype, bool straight_through)"                      \
     " -> (Tensor dispatch, Tensor combine)")                                                                                   \
-  X(dense_backward, "(Tensor? grad_dispatch, Tensor? grad_combine, Tensor expert, Tensor slot) -> Tensor grad_weight")        \
+  X(dense_backward,                                                                                                            \
+    "(Tensor? grad_dispatch, Tensor? grad_combine, Tensor expert, Tensor slot, Tensor source) -> Tensor grad_weight")          \
   X(dispatch,                                                                                                                  \
     "(Tensor x, Tensor weight, Tensor expert, Tensor slot, Tensor source, bool straight_through) -> Tensor y")                \
   X(dispatch_backward,                                                                                                         \

@@ -150,6 +150,7 @@ struct CheckedAssignment {
 
   Shape pairs() const { return replace_last(tokens, 0, {arguments.top_n}); }
   Shape token_rows(int64_t dim) const { return replace_last(tokens, 0, {dim}); }
+  Shape dense() const { return replace_last(tokens, 0, {arguments.experts, arguments.capacity}); }
   Shape slot_rows(int64_t dim) const { return replace_last(slots, 0, {dim}); }
 };
 

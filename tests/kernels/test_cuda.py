@@ -47,10 +47,10 @@ def all_operators(logits, draws, threshold, x, grad_out, policy="random", run=No
     kept, slot, source, _ = assigned
     y = run("dispatch", x, kept, expert, slot, source, True)
     out = run("combine", y, kept, expert, slot, source)
-    dense = run("dense", kept, expert, slot, EXPERTS, CAPACITY, x.dtype, True)
+    dense = run("dense", kept, expert, slot, source, x.dtype, True)
     grad_y, grad_combine = run("combine_backward", grad_out, y, kept, expert, slot, source)
     grad_x, grad_dispatch = run("dispatch_backward", grad_y, x, expert, slot, source)
-    grad_dense = run("dense_backward", *dense, expert, slot)
+    grad_dense = run("dense_backward", *dense, expert, slot, source)
     grad_weight = run("assign_backward", grad_combine + grad_dispatch + grad_dense, slot)
     losses = torch.ones_like(balance_loss), torch.ones_like(z_loss)
     grad_logits = run("gate_backward", grad_weight, None, *losses, logits, None, None, expert, top_count, EPS, 1.0, False)
@@ -212,8 +212,12 @@ def test_dense_outputs_beyond_31_bits():
     expert = torch.rand(tokens, experts, device="cuda").topk(2).indices.int()
     slot = torch.randint(-2, capacity, (tokens, 2), device="cuda", dtype=torch.int32)
     weight = torch.rand(tokens, 2, device="cuda")
-    dispatch, combine = torch.ops.topn_gating.dense(weight, expert, slot, experts, capacity, torch.bfloat16, True)
-    held = slot >= 0
+    source = torch.full((experts, capacity), -1, device="cuda", dtype=torch.int32)
+    pair = torch.arange(2 * tokens, device="cuda", dtype=torch.int32).view(tokens, 2)
+    wanted = slot >= 0
+    source[expert[wanted].long(), slot[wanted].long()] = pair[wanted]
+    held = wanted & (source[expert.long(), slot.clamp(min=0).long()] == pair)
+    dispatch, combine = torch.ops.topn_gating.dense(weight, expert, slot, source, torch.bfloat16, True)
     token = torch.arange(tokens, device="cuda").unsqueeze(-1)
     place = ((token * experts + expert) * capacity + slot)[held]
     assert size > 2**31
@@ -222,7 +226,7 @@ def test_dense_outputs_beyond_31_bits():
     assert_same_bits(combine.view(-1)[place], weight[held].bfloat16())
     for t in (dispatch, combine):  # and nothing else
         assert sum(part.count_nonzero() for part in t.split(4096)) == (t.view(-1)[place] != 0).sum()
-    grad = torch.ops.topn_gating.dense_backward(dispatch, combine, expert, slot)
+    grad = torch.ops.topn_gating.dense_backward(dispatch, combine, expert, slot, source)
     assert_same_bits(grad, torch.where(held, weight.bfloat16().float() + 1, 0))
 
 

@@ -280,8 +280,8 @@ OPERATORS = {
     "gate_backward": (WEIGHT, SUMS, SCALAR, SCALAR, LOGITS, LOGITS.clone(), MASK, PAIRS, COUNT, 1e-9, 1.0, False),
     "assign": (WEIGHT, PAIRS, WEIGHT.clone(), torch.zeros(3), MASK, 4, 5, 0, 1e-9),
     "assign_backward": (WEIGHT, PAIRS),
-    "dense": (WEIGHT, PAIRS, PAIRS, 4, 5, torch.float32, True),
-    "dense_backward": (DENSE, DENSE, PAIRS, PAIRS),
+    "dense": (WEIGHT, PAIRS, PAIRS, SLOTS, torch.float32, True),
+    "dense_backward": (DENSE, DENSE, PAIRS, PAIRS, SLOTS),
     "dispatch": (X, WEIGHT, PAIRS, PAIRS, SLOTS, True),
     "dispatch_backward": (Y, X, PAIRS, PAIRS, SLOTS),
     "combine": (Y, WEIGHT, PAIRS, PAIRS, SLOTS),
@@ -289,8 +289,8 @@ OPERATORS = {
 }
 
 
-# Sizes that nothing else fixes: features, and the experts and slots of `dispatch`, (operator, argument, dimension).
-FREE = {("dispatch", 0, 2), ("dispatch", 4, 1), ("dispatch", 4, 2), ("combine", 0, 3)}
+# Sizes that nothing else fixes: features, and the experts and slots of `dense` and `dispatch`, (operator, argument, dimension).
+FREE = {("dense", 3, 1), ("dense", 3, 2), ("dispatch", 0, 2), ("dispatch", 4, 1), ("dispatch", 4, 2), ("combine", 0, 3)}
 
 
 def spoilt(name, i):
@@ -344,9 +344,7 @@ def test_results_without_data_have_the_shapes_and_types_of_the_kernels(name):
         ("assign", 7, (-1, 4), "policy"),
         ("assign", 2, (None,), "draws"),
         ("assign", 3, (None,), "threshold"),
-        ("dense", 3, (0, -1), "num_gates"),
-        ("dense", 4, (0, -1, 2**31, 2**62), "capacity"),
-        ("dense", 5, (torch.int32, torch.complex64), "float"),
+        ("dense", 4, (torch.int32, torch.complex64), "float"),
     ],
 )
 def test_operators_refuse_numbers_out_of_range(name, i, values, message, device):

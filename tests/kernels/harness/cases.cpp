@@ -263,19 +263,19 @@ void assign_backward(Call& call, const Case& c) {
   call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs);
 }
 
-// Adds `expert`, `slot` and `source`, of which the kernel must read so many elements; no source where it reads none.
+// Adds `expert`, `slot` and `source`, of which the kernel must read so many elements.
 Assignment sizes_of(const Problem& p) { return {p.sizes(), p.c.capacity}; }
 void add_assignment(Call& call, Assignment& a, Held& held, int64_t of_pairs, int64_t of_slots) {
   call.input(a.expert, std::move(held.expert), of_pairs);
   call.input(a.slot, std::move(held.slot), of_pairs);
-  if (of_slots >= 0) call.input(a.source, std::move(held.source), of_slots);
+  call.input(a.source, std::move(held.source), of_slots);
 }
 
 void dense(Call& call, const Case& c) {
   const Problem p{c};
   Held held(p);
   Dense& a = call.arguments(Dense{c.dtype, sizes_of(p)});
-  add_assignment(call, a.assignment, held, p.pairs, -1);
+  add_assignment(call, a.assignment, held, p.pairs, held.pairs);
   call.input(a.weight, std::move(held.weight));
   call.output(a.dispatch, "dispatch", p.type, p.tokens * c.experts * c.capacity, p.exact());
   call.output(a.combine, "combine", p.type, p.tokens * c.experts * c.capacity, p.exact());
@@ -302,7 +302,7 @@ void dense_backward(Call& call, const Case& c) {
   DenseBackward& a = call.arguments(DenseBackward{});
   a.dtype = c.dtype;
   a.assignment = sizes_of(p);
-  add_assignment(call, a.assignment, held, p.pairs, -1);
+  add_assignment(call, a.assignment, held, p.pairs, held.pairs);
   add_strided(call, a.grad_dispatch, a.dispatch_strides, p, c.grad_dispatch, held.pairs);
   add_strided(call, a.grad_combine, a.combine_strides, p, c.grad_combine, held.pairs);
   call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs, p.close());

@@ -85,16 +85,12 @@ double valid_tokens(const GateInputs& a, int64_t first, int64_t last) {
 int64_t pairs_of(const RoutingSizes& a) { return a.groups * a.tokens * a.top_n; }
 int64_t slots_of(const Assignment& a) { return a.groups * a.experts * a.capacity; }
 
-// The slot, of (g, e, C), that a pair asks for; -1: none.
-int64_t asked_slot(const Assignment& a, int64_t pair) {
-  const int64_t group = pair / (a.tokens * a.top_n), e = a.expert[pair], c = a.slot[pair];
-  return e < 0 || e >= a.experts || c < 0 || c >= a.capacity ? -1 : (group * a.experts + e) * a.capacity + c;
-}
-
-// The slot that a pair holds, for the slot names the pair too; -1: none.
+// Returns the slot, of (g, e, C), that a pair holds: the slot that the pair names, if the slot names the pair too. -1: none.
 int64_t slot_of(const Assignment& a, int64_t pair) {
-  const int64_t slot = asked_slot(a, pair);
-  return slot >= 0 && a.source[slot] == pair % (a.tokens * a.top_n) ? slot : -1;
+  const int64_t group = pair / (a.tokens * a.top_n), e = a.expert[pair], c = a.slot[pair];
+  if (e < 0 || e >= a.experts || c < 0 || c >= a.capacity) return -1;
+  const int64_t slot = (group * a.experts + e) * a.capacity + c;
+  return a.source[slot] == pair % (a.tokens * a.top_n) ? slot : -1;
 }
 
 // The pair that holds a slot; -1: none.
@@ -275,8 +271,8 @@ void run(const Dense& a) {
   const int64_t per_token = a.assignment.experts * a.assignment.capacity;
   const View weight{compute_type_of(a.dtype), a.weight};
   for (void* const output : {a.dispatch, a.combine}) Result{output}.fill(a.assignment.groups * a.assignment.tokens * per_token, 0);
-  for (int64_t pair = 0; pair < pairs_of(a.assignment); ++pair) {  // of two ranks that ask for one slot the last has it
-    const int64_t slot = asked_slot(a.assignment, pair), at = pair / a.assignment.top_n * per_token + slot % per_token;
+  for (int64_t pair = 0; pair < pairs_of(a.assignment); ++pair) {
+    const int64_t slot = slot_of(a.assignment, pair), at = pair / a.assignment.top_n * per_token + slot % per_token;
     if (slot < 0) continue;
     Result{a.dispatch}[at] = 1;
     Result{a.combine}[at] = weight[pair];
@@ -286,7 +282,7 @@ void run(const Dense& a) {
 void run(const DenseBackward& a) {
   const Assignment& held = a.assignment;
   for (int64_t pair = 0; pair < pairs_of(held); ++pair) {
-    const int64_t slot = asked_slot(held, pair), token = pair / held.top_n;
+    const int64_t slot = slot_of(held, pair), token = pair / held.top_n;
     const auto element = [&](const void* grad, const int64_t* strides) {
       if (slot < 0 || grad == nullptr) return 0.0;
       const int64_t at = token / held.tokens * strides[0] + token % held.tokens * strides[1] +
