@@ -137,6 +137,24 @@ def test_weights_that_are_no_numbers(backend, policy):
     assert (out.slot[:, 0] != -1).all()
 
 
+@pytest.mark.parametrize(
+    ("policy", "operand"),
+    [("random", "draws"), ("random", "weight"), ("random", "threshold"), ("threshold", "weight"), ("threshold", "threshold")],
+)
+@reals
+def test_nan_is_not_routed(backend, policy, operand, dtype):
+    """A NaN in any operand of the comparison: ranks above 0 are not routed."""
+    case = assign_case((40,), 5, 3, 20, policy, dtype=dtype)
+    tensor = getattr(case, operand)
+    tensor[..., 1] = float("nan")
+    tensor[..., 2] = {"draws": 0, "weight": 1, "threshold": 0}[operand]
+    out = case.run(backend)
+    assert_same_bits(out, walk(case))
+    assert_same_bits(out, case.oracle())
+    assert (out.slot[:, 1] == -1).all()
+    assert (out.slot[:, 2] != -1).all()
+
+
 def test_policies_ignore_what_they_do_not_need(backend):
     case = assign_case((2, 30), 5, 3, 4, "random")
     for policy in ("all", "none"):

@@ -1,0 +1,133 @@
+"""The CPU kernels at the limits of memory: a failed allocation is an exception, and nothing outside the tensors is read."""
+
+import subprocess
+import sys
+
+import pytest
+
+from topn_gating import ops
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and protects memory as Linux does")
+
+# Each call runs under growing limits of the address space until it succeeds. First its outputs cannot be allocated, then the
+# memory of the kernel's threads.
+FAILED_ALLOCATIONS = """
+import resource
+import torch
+from topn_gating import ops
+
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()  # starts the threads
+O = torch.ops.topn_gating
+EXPERTS = 1 << 20
+logits = torch.rand(2, 1, EXPERTS)
+weight, expert, _, top_count, *_ = O.gate(logits, None, None, 1, 1e-9, 1.0, False, True)
+x, w = torch.rand(2, EXPERTS), torch.rand(16, EXPERTS)
+calls = {
+    "gate": lambda: O.gate(logits, None, None, 1, 1e-9, 1.0, False, True),
+    "gate_backward": lambda: O.gate_backward(
+        weight, None, None, None, logits, None, None, expert, top_count, 1e-9, 1.0, False
+    ),
+    "linear": lambda: O.linear(x, w),
+}
+for name, call in calls.items():
+    expected, raised = call(), set()
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    for extra in range(0, 1 << 30, 3 << 20):
+        resource.setrlimit(resource.RLIMIT_AS, (used + extra, resource.RLIM_INFINITY))
+        try:
+            actual = call()
+            break
+        except (MemoryError, RuntimeError) as error:
+            raised.add(type(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    assert MemoryError in raised, (name, raised)
+    as_tuple = lambda result: result if isinstance(result, tuple) else (result,)
+    assert all(map(torch.equal, as_tuple(actual), as_tuple(expected))), name
+print("survived")
+"""
+
+# Every tensor ends at a page that must not be touched. A read past its end ends the process.
+PAST_THE_END = """
+import ctypes, itertools, mmap
+import torch
+from topn_gating import ops
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+ROOM = 1 << 18
+
+
+def guarded():
+    access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = libc.mmap(None, ROOM + mmap.PAGESIZE, access, kind, -1, 0)
+    assert libc.mprotect(start + ROOM, mmap.PAGESIZE, 0) == 0
+    return torch.frombuffer((ctypes.c_char * ROOM).from_address(start), dtype=torch.uint8)
+
+
+ROOMS = [guarded() for _ in range(6)]
+
+
+def at_the_end(tensors):
+    for t, room in zip(tensors, ROOMS):
+        size = t.numel() * t.itemsize
+        copy = room[ROOM - size:].view(t.dtype).view(t.shape) if size else t
+        yield copy.copy_(t)
+
+
+O = torch.ops.topn_gating
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = [*range(1, 36), 63, 64, 65, 100], [1, 2, 3, 7, 15, 16, 17, 33]
+    for experts, tokens, soft in itertools.product(*sizes, [False, True]):
+        logits, noise = torch.randn(tokens, experts).to(dtype), torch.rand(tokens, experts, dtype=compute)
+        top_n = min(2, experts)
+        for with_noise in (None, noise):
+            tensors = (logits,) if with_noise is None else (logits, noise)
+            moved = list(at_the_end(tensors)) + [None]
+            weight, expert, importance, top_count, *_ = O.gate(*moved[:2], None, top_n, 1e-9, 1.0, soft, True)
+            plain = O.gate(logits, with_noise, None, top_n, 1e-9, 1.0, soft, True)
+            assert all(map(torch.equal, (weight, expert), plain)), (dtype, experts, tokens)
+            gradients = torch.ones_like(weight), torch.ones_like(importance)
+            arguments = list(at_the_end((*tensors, *gradients, expert, top_count)))
+            if with_noise is None:
+                arguments.insert(1, None)
+            z, u, grad_weight, grad_importance, expert, top_count = arguments
+            O.gate_backward(grad_weight, grad_importance, None, None, z, u, None, expert, top_count, 1e-9, 1.0, soft)
+    for dim, experts, tokens in itertools.product([1, 3, 15, 16, 17, 31, 33, 65, 130], [1, 5, 33], [1, 7, 17]):
+        shapes = (tokens, dim), (experts, dim), (tokens, experts)
+        x, w, grad = at_the_end([torch.randn(shape).to(dtype) for shape in shapes])
+        O.linear(x, w)
+        O.linear_backward(grad, x, w, True, True)
+        weight = torch.rand(tokens, 2, dtype=compute)
+        expert = torch.randint(experts, (tokens, 2), dtype=torch.int32)
+        kept, slot, source, _ = O.assign(*at_the_end((weight, expert)), None, None, None, experts, 3, 2, 1e-9)
+        y = torch.randn(experts, 3, dim).to(dtype)
+        x, y, kept, expert, slot, source = at_the_end((x.clone(), y, kept, expert, slot, source))
+        O.dispatch(x, kept, expert, slot, source, True)
+        O.dispatch_backward(y, x, expert, slot, source)
+        O.combine(y, kept, expert, slot, source)
+        O.combine_backward(x, y, kept, expert, slot, source)
+        O.dense(kept, expert, slot, source, dtype, True)
+print("survived")
+"""
+
+
+def run(script, monkeypatch, level):
+    monkeypatch.setenv("TOPN_GATING_CPU_LEVEL", level)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory does not serve the next call
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "survived"), done.stderr[-2000:]
+
+
+LEVELS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("level", LEVELS[: LEVELS.index(str(ops.build_info()["cpu_level"])) + 1])
+@pytest.mark.parametrize("script", [FAILED_ALLOCATIONS, PAST_THE_END], ids=["failed allocations", "past the end"])
+def test_limits(script, level, monkeypatch):
+    run(script, monkeypatch, level)
