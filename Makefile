@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense 
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo test bench router-bench lint kernels sanitize barriers install-check cuda-check clean
+.PHONY: demo test bench router-bench lint kernels sanitize barriers mutants install-check cuda-check clean
 
 demo: $(VENV)/built
 	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
@@ -58,6 +58,10 @@ PRELOAD := $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell gcc -pr
 # The kernels under ThreadSanitizer; then each barrier of the CUDA kernels left out in turn: a test must fail.
 barriers:
 	$(PYTHON) tests/kernels/delete_barriers.py
+
+# Mutants of the kernels and of the package, which the tests must kill; ARGS="--count 200" is the whole check.
+mutants: $(VENV)/built $(VENV)/kernels
+	$(RUN) tests/mutants.py $(ARGS)
 
 # The package as a user installs it, imported from a folder that is not this one.
 install-check: $(VENV)/built

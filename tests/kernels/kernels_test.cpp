@@ -1,6 +1,6 @@
 // The CUDA kernels on the host against the CPU's, in several schedules, and the CPU's against plain loops. `kernels_test` runs all
 // cases, `kernels_test PATTERN` those whose name contains the pattern, `--quick` those that together reach every barrier of every
-// kernel; -v names each case as it starts.
+// kernel, `--cpu` only the comparison with plain loops, at the CPU's best level; -v names each case as it starts.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -63,6 +63,8 @@ class Suite {
       const std::string argument = argv[i];
       if (argument == "--quick") {
         quick_ = true;
+      } else if (argument == "--cpu") {
+        cpu_alone_ = true;
       } else if (argument == "-v") {
         verbose_ = true;
       } else {
@@ -99,6 +101,8 @@ class Suite {
     call.visit([&](const auto& args) { run(call, c, args); });
   }
 
+  bool cpu_alone() const { return cpu_alone_; }
+
   int finish() const {
     std::printf("%d cases on %s, %d failed\n", cases_, cpu::level(), failures_);
     return failures_ == 0 && cases_ > 0 ? 0 : 1;
@@ -114,6 +118,7 @@ class Suite {
       expect_nothing("CPU", call.difference(on_cpu.outputs, reference.outputs, Expected::Reference));
     }
     if constexpr (!kOnCpuAlone<Args>) {
+      if (cpu_alone_) return;
       Tensors first;
       for (const Schedule& schedule : kSchedules) {
         const auto workspace_bytes = [&] { return cuda::workspace_bytes(args); };
@@ -143,7 +148,7 @@ class Suite {
   }
 
   std::string pattern_, name_;
-  bool quick_ = false, verbose_ = false;
+  bool quick_ = false, cpu_alone_ = false, verbose_ = false;
   int cases_ = 0, failures_ = 0;
   bool failed_ = false;  // the case
 };
@@ -368,9 +373,9 @@ void quotient_cases(Suite& suite) {
 
 int main(int argc, char** argv) {
   using namespace topn_gating::harness;
-  // Contracted as little as the host run of the CUDA kernels, so that the two differ in the order of sums alone.
-  setenv("TOPN_GATING_CPU_LEVEL", "baseline", 1);
   Suite suite(argc, argv);
+  // Contracted as little as the host run of the CUDA kernels, so that the two differ in the order of sums alone.
+  if (!suite.cpu_alone()) setenv("TOPN_GATING_CPU_LEVEL", "baseline", 1);
   quick_gates(suite);
   gate_sizes(suite);
   gate_layouts(suite);
