@@ -3,14 +3,13 @@
 //   router_bench [--shapes=b,n,d,e,k;...] [--dtypes=float32,...] [--threads=N] [--check_only] and Google Benchmark's own
 //   flags (--help), such as --benchmark_filter=gate/cpu --benchmark_format=json
 //
-// A kernel's results are first compared with plain loops: on inputs that would show a mistake, in a small shape of as many
-// experts and ranks, and on those that are timed. `bytes` are those of the tensors that the kernel must read and write (of a
-// tensor that it gathers from: the rows that it needs). `floor_us` is the time that the fastest copy takes to read half as many
-// bytes and to write the other half, measured just before on the same threads: what fits a cache is held against a copy that
-// fits it, too, since from call to call neither need reach memory. `of_bandwidth` is that floor's share of the kernel's time. A
-// kernel that mostly reads, or mostly writes, can pass 1.
+// Each kernel's results are first compared with plain loops: on a small shape with as many experts and ranks, with inputs that
+// would show a mistake, and on the inputs that are timed. `bytes` counts the tensors that the kernel must read and write; of a
+// tensor that it gathers from, the rows that it needs. `floor_us` is the time of the fastest copy that reads and writes as many
+// bytes on the same threads; a copy that fits a cache is as fast as the cache. `of_bandwidth` is that time as a share of the
+// kernel's. A kernel that mostly reads, or mostly writes, can exceed 1.
 //
-// OMP_WAIT_POLICY=passive: threads that spin at a barrier take a small machine's only other core from the work.
+// Set OMP_WAIT_POLICY=passive: threads that spin at a barrier keep a small machine's cores from other work.
 #include <benchmark/benchmark.h>
 #include <omp.h>
 #include <unistd.h>
@@ -78,7 +77,7 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
-// 0 where it is no count from 1 to `most`.
+// Returns the count that a text holds, or 0 where it is none from 1 to `most`.
 int64_t count_from(const std::string& text, int64_t most) {
   const bool digits = !text.empty() && text.size() <= 10 && text.find_first_not_of("0123456789") == std::string::npos;
   const int64_t value = digits ? std::stoll(text) : 0;
@@ -90,7 +89,7 @@ Shape shape_from(const std::string& text) {
   for (const std::string& part : split(text, ',')) sizes.push_back(count_from(part, INT32_MAX));
   const bool counts = std::find(sizes.begin(), sizes.end(), 0) == sizes.end();
   if (sizes.size() != 5 || !counts || sizes[4] > sizes[3]) {
-    throw BadOption("--shapes takes b,n,d,e,k;..., counts from 1 with k at most e, got '" + text + "'");
+    throw BadOption("--shapes must be b,n,d,e,k;..., counts from 1 with k at most e, got '" + text + "'");
   }
   return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
 }
@@ -99,10 +98,10 @@ NamedType type_from(const std::string& text) {
   for (const NamedType& type : kTypes) {
     if (text == type.name) return type;
   }
-  throw BadOption("--dtypes takes some of float32,bfloat16,float16,float64, got '" + text + "'");
+  throw BadOption("--dtypes must be some of float32,bfloat16,float16,float64, got '" + text + "'");
 }
 
-// Of what Google Benchmark has left.
+// Reads the options that Google Benchmark has left.
 Options options_from(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
@@ -117,7 +116,7 @@ Options options_from(int argc, char** argv) {
       for (const std::string& part : split(value, ',')) options.types.push_back(type_from(part));
     } else if (name == "--threads") {
       options.threads = int(count_from(value, 1024));
-      if (options.threads == 0) throw BadOption("--threads takes a count from 1 to 1024, got '" + value + "'");
+      if (options.threads == 0) throw BadOption("--threads must be a count from 1 to 1024, got '" + value + "'");
     } else if (argument == "--check_only") {
       options.check_only = true;
     } else {
@@ -135,7 +134,7 @@ void print_help() {
       "             and the other flags of Google Benchmark\n");
 }
 
-// A copy that reads and writes `bytes` in all: the fastest way's median time, in seconds. Each is measured once.
+// Returns the median seconds of the fastest copy that reads and writes `bytes` in all. Each size is measured once.
 double seconds_to_copy(Device& device, int64_t bytes) {
   static std::map<std::pair<const Device*, int64_t>, double> known;
   double& best = known[{&device, bytes}];
@@ -269,7 +268,7 @@ Devices devices_of(const Options& options) {
   return devices;
 }
 
-// What the bandwidth is, in a cache and past it, for whoever reads the table.
+// Adds the bandwidth of a copy that fits a cache, and of one that does not, to the head of the table.
 void add_context(Device& device) {
   const std::string name = device.name();
   benchmark::AddCustomContext(name, device.description());

@@ -1,4 +1,4 @@
-// What orders memory, told to ThreadSanitizer: who passes a token on, and who takes it up. Switching fibers orders nothing.
+// Tells ThreadSanitizer what orders memory: a thread releases a token and another acquires it. Switching fibers orders nothing.
 #pragma once
 
 #include <cstdlib>

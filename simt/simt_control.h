@@ -8,18 +8,18 @@
 
 extern "C" {
 
-// Who runs next, of the threads that can; and the order of the blocks.
+// Which of the ready threads runs next, and the order of the blocks.
 enum SimtSchedule {
-  SIMT_FIFO = 0,    // who was made ready first; blocks ascending
-  SIMT_LIFO = 1,    // who was made ready last; blocks descending
-  SIMT_RANDOM = 2,  // anyone, and any order, by the seed; every launch starts from the seed
+  SIMT_FIFO = 0,    // the thread that became ready first; blocks ascending
+  SIMT_LIFO = 1,    // the thread that became ready last; blocks descending
+  SIMT_RANDOM = 2,  // a random thread, and a random order of blocks; every launch starts from the seed
 };
 SIMT_EXPORT void simt_set_schedule(int schedule, uint64_t seed);
 
-// What cudaDevAttrMultiProcessorCount says, 3 at first: a cooperative launch takes as many blocks.
+// Sets the value of cudaDevAttrMultiProcessorCount, initially 3: a cooperative launch has as many blocks.
 SIMT_EXPORT void simt_set_multiprocessors(int count);
 
-// Since the last reset: how many launches there were, refused ones too, and the text of the last error, or "".
+// Return the number of launches since the last reset, refused ones too, and the text of the last error, or "".
 SIMT_EXPORT long simt_launches(void);
 SIMT_EXPORT const char* simt_error(void);
 SIMT_EXPORT void simt_reset(void);

@@ -56,7 +56,7 @@ class Results:
 
     @property
     def dead(self) -> list[tuple[int, int]]:
-        """Block and expert of each expert that took less than a tenth of an even share of the held-out text."""
+        """Block and expert of each expert that received less than a tenth of an even share of the held-out text."""
         return [tuple(where) for where in (self.after.load < DEAD / self.settings.experts).nonzero().tolist()]
 
     @property
@@ -107,7 +107,7 @@ def _verdict(results: Results) -> Iterator[str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes the picture: losses, one block's expert load over time, and what its experts took."""
+    """Writes the picture: losses, one block's expert load over time, and what its experts received."""
     s = results.settings
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 10.4), layout="constrained")
@@ -115,7 +115,7 @@ def draw(results: Results, path: Path) -> None:
         panels = figure.subplot_mosaic([["loss", "load"], ["kinds", "kinds"]])
         _draw_losses(panels["loss"], results)
         _draw_load(panels["load"], torch.stack(results.history.load)[:, SHOWN_BLOCK])
-        _draw_kinds(panels["kinds"], results.after.taken[SHOWN_BLOCK])
+        _draw_kinds(panels["kinds"], results.after.received[SHOWN_BLOCK])
         figure.suptitle("A Mixture-of-Experts language model learns Python, routed by topn_gating", fontsize=17, weight="bold")
         figure.text(
             0.5,
@@ -161,11 +161,11 @@ def _beside(axes: Axes, point: tuple[float, float], text: str, color: str) -> No
     axes.annotate(text, point, (7, 0), textcoords="offset points", va="center", color=color)
 
 
-def _draw_kinds(axes: Axes, taken: Tensor) -> None:
-    of_text = 100 * taken.sum(0) / taken.sum()
+def _draw_kinds(axes: Axes, received: Tensor) -> None:
+    of_text = 100 * received.sum(0) / received.sum()
     kinds = [kind for kind, share in enumerate(of_text.tolist()) if share > RARE]
-    top_n = min(TOP_N, len(taken))
-    share = 100 * top_n * (taken / taken.sum(0))[:, kinds]  # of the tokens; each is taken top_n times
+    top_n = min(TOP_N, len(received))
+    share = 100 * top_n * (received / received.sum(0))[:, kinds]  # of the tokens; each is received top_n times
     axes.imshow(share.tolist(), cmap="Blues", vmin=0, aspect="auto")
     for expert, row in enumerate(share.tolist()):
         for column, value in enumerate(row):
@@ -178,8 +178,8 @@ def _draw_kinds(axes: Axes, taken: Tensor) -> None:
         label.set_color(EXPERT_COLORS[expert % len(EXPERT_COLORS)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    even = f"{top_n} experts a byte: {100 * top_n / len(taken):.0f} if even"
-    axes.set_title(f"How much of each kind of held-out byte each expert takes, % ({even})")
+    even = f"{top_n} experts a byte: {100 * top_n / len(received):.0f} if even"
+    axes.set_title(f"How much of each kind of held-out byte each expert receives, % ({even})")
 
 
 def _moving_average(values: Tensor, reach: int) -> Tensor:

@@ -94,7 +94,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Tokens ``(…, n, dim)`` and how they were routed.
 
-        ``self.moe(tokens)`` does the same in one call; taken apart, it hands out the routing.
+        ``self.moe(tokens)`` does the same in one call; step by step, this also returns the routing.
         """
         x = x + self.attention(x)
         tokens = self.norm(x)
@@ -131,16 +131,16 @@ class LanguageModel(nn.Module):
 
 
 class Evaluation(NamedTuple):
-    """Loss in nats per byte, and how many tokens of each kind each expert took, ``(layers, e, kinds)``."""
+    """Loss in nats per byte, and how many tokens of each kind each expert received, ``(layers, e, kinds)``."""
 
     loss: float
-    taken: Tensor
+    received: Tensor
 
     @property
     def load(self) -> Tensor:
         """Each expert's share of its layer's work, ``(layers, e)``."""
-        taken = self.taken.sum(-1)
-        return taken / taken.sum(-1, keepdim=True)
+        received = self.received.sum(-1)
+        return received / received.sum(-1, keepdim=True)
 
 
 @dataclass
@@ -170,18 +170,18 @@ def next_byte_loss(model: LanguageModel, windows: Tensor) -> tuple[Tensor, list[
 def evaluate(model: LanguageModel, windows: Tensor) -> Evaluation:
     """The model in eval mode on windows ``(batch, n + 1)``."""
     model.eval()
-    total, taken = 0.0, 0
+    total, received = 0.0, 0
     for part in windows.split(EVAL_BATCH):
         loss, routings = next_byte_loss(model, part)
         total += loss.item() * len(part)
         kinds = byte_kinds(part[:, :-1])
-        taken = taken + torch.stack([taken_by_kind(routing, kinds) for routing in routings])
+        received = received + torch.stack([received_by_kind(routing, kinds) for routing in routings])
     model.train()
-    return Evaluation(total / len(windows), taken)
+    return Evaluation(total / len(windows), received)
 
 
-def taken_by_kind(routing: Routing, kinds: Tensor) -> Tensor:
-    """How many tokens of each kind each expert took, ``(e, kinds)``, from the tokens' kinds ``(…, n)``."""
+def received_by_kind(routing: Routing, kinds: Tensor) -> Tensor:
+    """How many tokens of each kind each expert received, ``(e, kinds)``, from the tokens' kinds ``(…, n)``."""
     shape = routing.source.shape[-2], len(BYTE_KINDS)
     cell = routing.expert * shape[1] + kinds.unsqueeze(-1)
     return torch.bincount(cell[routing.slot >= 0], minlength=math.prod(shape)).view(shape)

@@ -159,19 +159,19 @@ def test_what_experts_took_adds_up(tiny):
 
     windows = torch.randint(32, 127, (tiny.windows, tiny.context + 1))
     result = evaluate(LanguageModel(tiny), windows)
-    kinds = torch.bincount(byte_kinds(windows[:, :-1]).flatten(), minlength=result.taken.shape[-1])
-    assert (result.taken.sum(1) == 2 * kinds).all()
+    kinds = torch.bincount(byte_kinds(windows[:, :-1]).flatten(), minlength=result.received.shape[-1])
+    assert (result.received.sum(1) == 2 * kinds).all()
     torch.testing.assert_close(result.load.sum(-1), torch.ones(tiny.layers))
 
 
 def test_expert_and_kind_meet_in_the_right_cell():
     pytest.importorskip("tqdm")
-    from language_model.train import taken_by_kind
+    from language_model.train import received_by_kind
 
     logits = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0, 0, 9.0]])
     routing = topn_gating.route(logits, top_n=1, capacity=1)
-    taken = taken_by_kind(routing, torch.tensor([4, 5, 6]))
-    assert taken.nonzero().tolist() == [[0, 4], [2, 6]]  # the second token found expert 0 full
+    received = received_by_kind(routing, torch.tensor([4, 5, 6]))
+    assert received.nonzero().tolist() == [[0, 4], [2, 6]]  # the second token found expert 0 full
 
 
 def test_two_runs_give_the_same_losses(tiny):
@@ -221,17 +221,17 @@ def test_verdict():
     from language_model.report import Results
     from language_model.train import Evaluation, History, Settings
 
-    taken = torch.full((2, 4, 10), 100)
-    taken[1, 2] = 1
+    received = torch.full((2, 4, 10), 100)
+    received[1, 2] = 1
 
-    def results(loss, taken):
-        return Results(Settings(**TINY), History(), Evaluation(5.0, taken), Evaluation(loss, taken), 3.0)
+    def results(loss, received):
+        return Results(Settings(**TINY), History(), Evaluation(5.0, received), Evaluation(loss, received), 3.0)
 
-    alive = torch.full_like(taken, 100)
-    assert results(2.9, taken).dead == [(1, 2)]
+    alive = torch.full_like(received, 100)
+    assert results(2.9, received).dead == [(1, 2)]
     assert results(2.9, alive).dead == []
     assert [results(loss, alive).learned for loss in (2.9, 3.0, math.nan)] == [True, False, False]
-    assert [results(*case).passed for case in ((2.9, alive), (2.9, taken), (3.0, alive))] == [True, False, False]
+    assert [results(*case).passed for case in ((2.9, alive), (2.9, received), (3.0, alive))] == [True, False, False]
 
 
 @needs_extra

@@ -140,8 +140,8 @@ std::vector<Buffer> gate_outputs(const Case& c) {
   return call.run_reference().outputs;
 }
 
-// About how large a gradient at a gate is, which cancels against the mean where the gate is near 1: the fewer valid tokens a group
-// has, the larger.
+// About how large a gradient at a gate is, which cancels against the mean where the gate is near 1: the fewer valid tokens a
+// group has, the larger.
 double largest_gradient(const Case& c, const Buffer& top_count) {
   double most = 1;
   for (int64_t group = 0; group < c.groups; ++group) {

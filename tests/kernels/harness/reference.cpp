@@ -270,7 +270,8 @@ void run(const AssignBackward& a) {
 void run(const Dense& a) {
   const int64_t per_token = a.assignment.experts * a.assignment.capacity;
   const View weight{compute_type_of(a.dtype), a.weight};
-  for (void* const output : {a.dispatch, a.combine}) Result{output}.fill(a.assignment.groups * a.assignment.tokens * per_token, 0);
+  for (void* const output : {a.dispatch, a.combine})
+    Result{output}.fill(a.assignment.groups * a.assignment.tokens * per_token, 0);
   for (int64_t pair = 0; pair < pairs_of(a.assignment); ++pair) {
     const int64_t slot = slot_of(a.assignment, pair), at = pair / a.assignment.top_n * per_token + slot % per_token;
     if (slot < 0) continue;
