@@ -167,6 +167,9 @@ class TopNGating(nn.Module):
     ) -> Routing:
         """The routing of tokens ``x``, in the compact form.
 
+        A gate that FSDP2 shards apart from the module around it gathers its weight in ``forward`` alone:
+        ``torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`` has it do so here.
+
         Args:
             x: ``(…, n, dim)``, any number of leading dimensions.
             noise_gates: adds Gumbel noise to the logits.
