@@ -35,7 +35,7 @@ class Backend:
         return out.cpu() if isinstance(out, Tensor) else to("cpu", out)
 
     def size(self, count: int) -> int:
-        """How many tokens or groups to take where a test has ``count`` of them for the sake of their number."""
+        """Returns how many tokens or groups a test uses that has ``count`` of them for the sake of their number."""
         return count
 
 
@@ -77,7 +77,7 @@ class GateResult(NamedTuple):
 
     @property
     def floats(self) -> tuple[Tensor, ...]:
-        """The differentiable outputs, in the order in which ``gate_backward`` takes their gradients."""
+        """The differentiable outputs, in the order of their gradients in ``gate_backward``."""
         return self.weight, self.importance, self.balance_loss, self.router_z_loss
 
 
@@ -105,7 +105,7 @@ class GateCase:
         return backend("gate_backward", *grads, *saved, self.eps, self.noise_mult, self.soft)
 
     def scores(self) -> Tensor:
-        """The scores ``s`` of SPEC step 3, in float64."""
+        """The scores ``s`` of docs/spec.md, step 3, in float64."""
         s = self.logits.detach().double()
         return s if self.noise is None else s + self.noise_mult * reference.gumbel(self.noise.double())
 
@@ -120,9 +120,9 @@ class GateCase:
             token_mask=self.mask,
             differentiable_topk=self.soft,
         )
-        real = torch.ones_like(expert[..., 0], dtype=torch.bool) if self.mask is None else self.mask
+        valid = torch.ones_like(expert[..., 0], dtype=torch.bool) if self.mask is None else self.mask
         chosen = torch.arange(self.logits.shape[-1]) == expert[..., :1]
-        top_count = (chosen & real.unsqueeze(-1)).sum(-2).int()
+        top_count = (chosen & valid.unsqueeze(-1)).sum(-2).int()
         return GateResult(weight, expert, importance, top_count, balance_loss, z_loss)
 
     def oracle_gradient(self, grads: tuple[Tensor | None, ...]) -> Tensor:
@@ -173,7 +173,7 @@ class AssignCase:
         return AssignResult(*backend("assign", *self.args))
 
     def oracle(self) -> AssignResult:
-        """The reference in the weight's own type: the comparisons of SPEC step 7 are exact."""
+        """The reference in the weight's own type: the comparisons of docs/spec.md, step 7, are exact."""
         options = dict(vars(self))
         weight, expert, mask = (options.pop(name) for name in ("weight", "expert", "mask"))
         return AssignResult(*reference.assign(weight, expert, token_mask=mask, **options))
@@ -203,7 +203,7 @@ def by_group(t: Tensor, dims: int) -> Tensor:
 
 
 def check_assignment(case: AssignCase, out: AssignResult) -> None:
-    """What SPEC promises of any assignment, whatever the order in which it is computed."""
+    """What docs/spec.md promises of any assignment, whatever the order in which it is computed."""
     tokens, top_n = out.slot.shape[-2:]
     experts, capacity, held = case.num_gates, case.capacity, out.slot >= 0
     assert ((out.slot >= -2) & (out.slot < capacity)).all()
@@ -245,7 +245,7 @@ class Assignment:
 def assignment(
     lead: tuple[int, ...], num_gates: int, top_n: int, capacity: int, *, dtype=torch.float32, straight_through=True
 ) -> Assignment:
-    """A random assignment, made by the reference; a third of the later ranks is below the threshold."""
+    """Returns a random assignment, computed by the reference; a third of the later ranks is below the threshold."""
     case = assign_case(lead, num_gates, top_n, capacity, "threshold", dtype=compute_dtype(dtype))
     case.threshold = case.weight.flatten(0, -2).quantile(1 / 3, dim=0) if case.weight.numel() else case.threshold
     out = case.oracle()

@@ -18,18 +18,18 @@ def assert_same_bits(actual, expected) -> None:
 
 
 def assert_relative(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-    """SPEC's numerics: relative error of each element, 1e-6 for float32 and 1e-12 for float64."""
+    """docs/spec.md, numerics: relative error of each element, 1e-6 for float32 and 1e-12 for float64."""
     tolerance = tolerance or (1e-12 if actual.dtype == torch.float64 else 1e-6)
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0, equal_nan=True)
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
     """Sums that may cancel: error within a few roundings of the type, relative to the largest element."""
-    real, info = 1e-12 if actual.dtype == torch.float64 else 2e-6, torch.finfo(actual.dtype)
+    computed, info = 1e-12 if actual.dtype == torch.float64 else 2e-6, torch.finfo(actual.dtype)
     rounding = 0.0 if compute_dtype(actual.dtype) == actual.dtype else info.eps
     largest = expected.abs().max().item() if expected.numel() else 0.0
     least = info.smallest_normal * info.eps  # denormals are its multiples
-    torch.testing.assert_close(actual.double(), expected, rtol=real + rounding, atol=real * largest + least)
+    torch.testing.assert_close(actual.double(), expected, rtol=computed + rounding, atol=computed * largest + least)
 
 
 def assert_same_for_any_schedule(run) -> None:

@@ -31,7 +31,7 @@ BALANCE_ON: tuple[BalanceOn, ...] = get_args(BalanceOn)
 
 
 def expert_capacity(tokens: int, num_gates: int, capacity_factor: float, min_expert_capacity: int = 4) -> int:
-    """Slots that an expert has for a group of ``tokens``. Takes and gives symbolic sizes, too."""
+    """Computes the slots of an expert for a group of ``tokens`` (GShard, arXiv 2006.16668), symbolic ones too."""
     share = torch.sym_int((tokens * capacity_factor) / num_gates)
     capacity: int = torch.sym_max(torch.sym_min(tokens, share), min_expert_capacity)
     return capacity
@@ -78,7 +78,7 @@ def route(
             logits); drawn by default. Given, it implies ``noise_gates``.
         draws: the uniform numbers of ``policy="random"``, ``(…, n, k)``, same type; drawn by default, after the noise.
         generator: draws both; by default torch's own of the logits' device.
-        token_mask: ``(…, n)`` bool, True where the token is real. Others take no slot and add to no loss.
+        token_mask: ``(…, n)`` bool, True where the token is real. Others get no slot and add to no loss.
         differentiable_topk: weights from the soft top-n (arXiv 1502.04759) in place of the gates.
         differentiable_topk_fused: the soft top-n in one kernel; False composes it of torch operations.
         straight_through: gives the dispatch tensor's gradient to the weights.
@@ -161,5 +161,5 @@ def _threshold_tensor(
         check_threshold(threshold, top_n, device)
         return threshold.detach().to(dtype)
     per_rank = threshold_per_rank("threshold", threshold, top_n, num_gates)
-    # Filled on the device: a tensor made of a list would wait for its copy there.
+    # Filled on the device: a tensor built from a list would wait for its copy there.
     return torch.cat([torch.full((1,), t, dtype=dtype, device=device) for t in (0.0, *per_rank)])

@@ -37,7 +37,7 @@ class TorchLinear(Linear):
 
 
 class GateLinear(nn.Linear):
-    """The gate's ``nn.Linear``, made without a bias.
+    """The gate's ``nn.Linear``, which has no bias unless one is assigned to it.
 
     On a CPU it is also fast for half types that the processor has no instructions for, and its gradients are one kernel. A
     compiler gets torch's own product where there is a fast one.

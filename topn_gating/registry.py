@@ -13,7 +13,7 @@ from .eager import asks_for_gradient, below_autograd, run, transforms_active
 
 
 class Operator(Function):
-    """The autograd Function of an operator. It takes all arguments of the schema, in the schema's order.
+    """The autograd Function of an operator. Its arguments are all of the schema, in the schema's order.
 
     A class under :func:`operator` has ``setup_context(ctx, inputs, output)``; ``backward(ctx, *grads)``, which returns the
     gradients of the first arguments, in a tuple; ``fake(*inputs)`` and ``fake_backward(*inputs)``, which check what the
@@ -167,7 +167,7 @@ def _of_one_device(overload: OpOverload, fake: Callable[..., Any]) -> Callable[.
     def wrapper(*args: Any) -> Any:
         devices = {str(t.device) for t in args if isinstance(t, Tensor)}
         if len(devices) > 1:
-            raise RuntimeError(f"{overload} takes tensors of one device, got {', '.join(sorted(devices))}")
+            raise RuntimeError(f"{overload} must have its tensors on one device, got {', '.join(sorted(devices))}")
         return fake(*args)
 
     return wrapper

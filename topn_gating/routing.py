@@ -18,7 +18,7 @@ from .eager import readable
 class Routing(NamedTuple):
     """Which tokens go to which slots of which experts, and with what weight.
 
-    A ``NamedTuple``, so that pytrees, ``torch.compile`` and activation checkpointing take it as it is. ``torch.load`` reads it
+    A ``NamedTuple``, so that pytrees, ``torch.compile`` and activation checkpointing need nothing more. ``torch.load`` reads it
     under ``weights_only=True`` wherever ``topn_gating`` was imported.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Against the installed peers: the same numbers under the same seed, and each deviation of SPEC shown on both sides."""
+"""Against the installed peers: the same numbers under the same seed, and docs/spec.md's deviations, shown on both sides."""
 
 import importlib.metadata
 import importlib.util
@@ -133,7 +133,9 @@ def test_signature_begins_with_the_peers(peer):
     expected = arguments(peer.__init__)
     assert arguments(TopNGating.__init__)[: len(expected)] == expected
     assert arguments(TopNGating.forward) == arguments(peer.forward)
-    assert len(arguments(TopNGating.__init__)) == 13  # self, and what SPEC lists: all that this project adds is keyword-only
+    assert (
+        len(arguments(TopNGating.__init__)) == 13
+    )  # self, and what docs/spec.md lists: all that this project adds is keyword-only
 
 
 @needs_zeta

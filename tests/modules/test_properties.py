@@ -1,4 +1,4 @@
-"""What holds for any input (SPEC), searched by Hypothesis; and the same results from every level of the CPU kernels."""
+"""What holds for any input (docs/spec.md), searched by Hypothesis; and the same results from every level of the CPU kernels."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ FLAVOURS = {
     "signs of zero": lambda z: torch.zeros_like(z).copysign(z),
     "denormal": lambda z: z * 1e-40,
     "close": lambda z: 1 + z * 1e-7,
-    "wide": lambda z: z * 30,
+    "far apart": lambda z: z * 30,
     "huge": lambda z: z * 1e37,
     "some -inf": lambda z: z.where(z > 0, -INF),
     "some inf": lambda z: z.where(z < 1, INF),
@@ -156,22 +156,23 @@ def test_assign_of_any_pairs(backend, case):
     assert_same_bits(out, case.oracle())
     if case.mask is not None:
         assert (out.slot[~case.mask] == -1).all()
-    real = torch.ones(out.slot.shape[:-1], dtype=torch.bool) if case.mask is None else case.mask
+    valid = torch.ones(out.slot.shape[:-1], dtype=torch.bool) if case.mask is None else case.mask
     rank_0 = torch.zeros(*out.demand.shape, dtype=torch.int32)
-    rank_0.scatter_add_(-1, case.expert[..., 0].long(), real.int())
+    rank_0.scatter_add_(-1, case.expert[..., 0].long(), valid.int())
     assert (out.demand >= rank_0).all()
-    assert (out.demand.sum(-1) <= out.slot.shape[-1] * real.sum(-1)).all()
+    assert (out.demand.sum(-1) <= out.slot.shape[-1] * valid.sum(-1)).all()
 
 
 @given(case=assigns(padded=st.just(True)))
 def test_real_tokens_do_not_see_padding(backend, case):
     out, masks = case.run(backend), by_group(case.mask, 1)
 
-    def real(t):
+    def of_valid_tokens(t):
         return [None if t is None else rows[mask] for rows, mask in zip(by_group(t, 2), masks, strict=True)]
 
-    draws = [None] * len(masks) if case.draws is None else real(case.draws)
-    inputs, outputs = (real(case.weight), real(case.expert), draws), (real(out.kept), real(out.slot), by_group(out.demand, 1))
+    draws = [None] * len(masks) if case.draws is None else of_valid_tokens(case.draws)
+    inputs = of_valid_tokens(case.weight), of_valid_tokens(case.expert), draws
+    outputs = of_valid_tokens(out.kept), of_valid_tokens(out.slot), by_group(out.demand, 1)
     for weight, expert, draw, kept, slot, demand in zip(*inputs, *outputs, strict=True):
         alone = replace(case, weight=weight, expert=expert, draws=draw, mask=None).run(backend)
         assert_same_bits((alone.kept, alone.slot, alone.demand), (kept, slot, demand))

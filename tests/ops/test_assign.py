@@ -1,4 +1,4 @@
-"""``assign``: threshold masking and capacity assignment, bit for bit against the reference and against SPEC's walk."""
+"""``assign``: threshold masking and slots, bit for bit against the reference and against the walk of docs/spec.md."""
 
 from dataclasses import replace
 
@@ -12,11 +12,11 @@ from topn_gating.ops import POLICIES
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 policies = pytest.mark.parametrize("policy", POLICIES)
-reals = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+compute_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
 def walk(case: AssignCase) -> AssignResult:
-    """SPEC steps 7 and 8 as they read, pair by pair; experts out of range are not routed. One group."""
+    """docs/spec.md, steps 7 and 8, as they read, pair by pair; experts out of range are not routed. One group."""
     (tokens, top_n), size = case.weight.shape, (case.num_gates, case.capacity)
     slot, source, taken = torch.full((tokens, top_n), -1), torch.full(size, -1), [0] * case.num_gates
     for k in range(top_n):
@@ -39,7 +39,7 @@ def walk(case: AssignCase) -> AssignResult:
 
 
 @policies
-@reals
+@compute_types
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("top_n", [1, 2, 3, 4, 5])
 def test_equals_the_reference(backend, policy, dtype, mask, top_n):
@@ -71,7 +71,7 @@ def test_one_long_group_and_many_short_ones(backend, policy, groups, tokens, exp
 
 
 @policies
-@reals
+@compute_types
 @pytest.mark.parametrize("capacity", [1, 2, 9, 40])
 def test_equals_the_walk(backend, policy, dtype, capacity):
     case = assign_case((40,), 5, 4, capacity, policy, dtype=dtype, mask=True)
@@ -98,7 +98,7 @@ def test_every_token_wants_one_expert(backend):
 
 
 def test_later_ranks_queue_behind_all_earlier_ones(backend):
-    """Peers that offset a rank by the one before it alone put three tokens in one slot here (SPEC D2)."""
+    """Peers that offset a rank by the one before it alone put three tokens in one slot here (docs/spec.md, deviation D2)."""
     expert = torch.tensor([[0, 1, 2], [1, 0, 2], [1, 2, 0]], dtype=torch.int32)
     out = AssignCase(torch.rand(3, 3), expert, 3, 4).run(backend)
     assert out.slot.tolist() == [[0, 2, 1], [0, 1, 2], [1, 0, 2]]
@@ -192,12 +192,12 @@ def test_any_layout(backend):
     names = "weight", "expert", "draws", "threshold", "mask"
     strided = replace(case, **{name: spread(getattr(case, name)) for name in names})
     assert_same_bits(strided.run(backend), case.run(backend))
-    wide = replace(case, weight=case.weight[:1].expand(3, -1, -1), expert=case.expert[:1].expand(3, -1, -1))
-    full = replace(case, weight=wide.weight.contiguous(), expert=wide.expert.contiguous())
-    assert_same_bits(wide.run(backend), full.run(backend))
+    expanded = replace(case, weight=case.weight[:1].expand(3, -1, -1), expert=case.expert[:1].expand(3, -1, -1))
+    full = replace(case, weight=expanded.weight.contiguous(), expert=expanded.expert.contiguous())
+    assert_same_bits(expanded.run(backend), full.run(backend))
 
 
-@reals
+@compute_types
 def test_gradient_reaches_kept_weights_alone(backend, dtype):
     case = assign_case((3, 40), 5, 3, 4, "threshold", dtype=dtype)
     slot = case.run(backend).slot
@@ -220,7 +220,7 @@ def test_gradcheck(entry_point, device, policy):
 
 
 @policies
-@reals
+@compute_types
 @pytest.mark.parametrize("mask", [False, True])
 def test_opcheck(device, policy, dtype, mask):
     case = assign_case((2, 6), 4, 3, 2, policy, dtype=dtype, mask=mask)

@@ -120,9 +120,9 @@ def test_any_layout(backend, dtype):
     y, grad_out = rows(a, 7, dtype)
     assert_same_bits(combine(backend, strided, spread(y)), combine(backend, a, y))
     assert_same_bits(backward(backend, strided, spread(y), spread(grad_out)), backward(backend, a, y, grad_out))
-    wide, one = y[:1, :1, :1].expand_as(y), grad_out.flatten()[0].expand_as(grad_out)
-    assert_same_bits(combine(backend, a, wide), combine(backend, a, wide.contiguous()))
-    assert_same_bits(backward(backend, a, wide, one), backward(backend, a, wide.contiguous(), one.contiguous()))
+    expanded, one = y[:1, :1, :1].expand_as(y), grad_out.flatten()[0].expand_as(grad_out)
+    assert_same_bits(combine(backend, a, expanded), combine(backend, a, expanded.contiguous()))
+    assert_same_bits(backward(backend, a, expanded, one), backward(backend, a, expanded.contiguous(), one.contiguous()))
 
 
 def test_gradcheck(entry_point, device):

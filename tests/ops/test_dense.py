@@ -43,7 +43,7 @@ def test_equals_the_reference(backend, experts, capacity, top_n, dtype):
     a = assignment((2, 19), experts, min(top_n, experts), capacity, dtype=dtype)
     dispatch, combine = dense(backend, a, dtype)
     assert_same_bits((dispatch, combine), reference.dense(a.routing(), dtype))
-    assert set(dispatch.unique().tolist()) <= {0.0, 1.0}  # exactly 1 (SPEC D6)
+    assert set(dispatch.unique().tolist()) <= {0.0, 1.0}  # exactly 1 (docs/spec.md, deviation D6)
     assert dispatch.sum() == (a.slot >= 0).sum()
 
 

@@ -102,9 +102,9 @@ def test_any_layout(backend, dtype):
     x, grad_y = rows(a, 7, dtype)
     assert_same_bits(dispatch(backend, strided, spread(x)), dispatch(backend, a, x))
     assert_same_bits(backward(backend, strided, spread(x), spread(grad_y)), backward(backend, a, x, grad_y))
-    wide, one = x[:1, :1].expand_as(x), grad_y.flatten()[0].expand_as(grad_y)
-    assert_same_bits(dispatch(backend, a, wide), dispatch(backend, a, wide.contiguous()))
-    assert_same_bits(backward(backend, a, wide, one), backward(backend, a, wide.contiguous(), one.contiguous()))
+    expanded, one = x[:1, :1].expand_as(x), grad_y.flatten()[0].expand_as(grad_y)
+    assert_same_bits(dispatch(backend, a, expanded), dispatch(backend, a, expanded.contiguous()))
+    assert_same_bits(backward(backend, a, expanded, one), backward(backend, a, expanded.contiguous(), one.contiguous()))
 
 
 @pytest.mark.parametrize("straight_through", [False, True])

@@ -37,11 +37,11 @@ def settled(case: GateCase) -> torch.Tensor:
 
 def check(case: GateCase, backend) -> None:
     out, expected, sure = case.run(backend), case.oracle(), settled(case)
-    real = compute_dtype(case.logits.dtype)
-    tolerance = 1e-12 if real == torch.float64 else 1e-6
+    computed = compute_dtype(case.logits.dtype)
+    tolerance = 1e-12 if computed == torch.float64 else 1e-6
     if case.noise is not None and case.scores().numel():  # noisy scores are rounded (step 3), and their exponential with them
-        tolerance += torch.finfo(real).eps * case.scores().abs().max().item()
-    assert [t.dtype for t in out] == [real, torch.int32, real, torch.int32, real, real]
+        tolerance += torch.finfo(computed).eps * case.scores().abs().max().item()
+    assert [t.dtype for t in out] == [computed, torch.int32, computed, torch.int32, computed, computed]
     assert [t.shape for t in out] == [t.shape for t in expected]
     assert sure.double().mean() > 0.5
     assert_same_bits(out.expert[sure], expected.expert[sure])
@@ -238,11 +238,11 @@ def test_any_layout(backend, dtype):
 
 def test_expanded_inputs(backend):
     row, grad = torch.randn(1, 1, 6), torch.randn(())
-    wide = GateCase(row.expand(3, 7, 6), 2, mask=torch.ones(1, 1, dtype=torch.bool).expand(3, 7))
+    expanded = GateCase(row.expand(3, 7, 6), 2, mask=torch.ones(1, 1, dtype=torch.bool).expand(3, 7))
     full = GateCase(row.repeat(3, 7, 1), 2, mask=torch.ones(3, 7, dtype=torch.bool))
-    assert_same_bits(wide.run(backend), full.run(backend))
+    assert_same_bits(expanded.run(backend), full.run(backend))
     grads = [grad.expand(s) for s in ((3, 7, 2), (3, 6), (), ())]
-    assert_same_bits(wide.backward(backend, grads), full.backward(backend, [g.contiguous() for g in grads]))
+    assert_same_bits(expanded.backward(backend, grads), full.backward(backend, [g.contiguous() for g in grads]))
 
 
 # Gradients

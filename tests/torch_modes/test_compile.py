@@ -29,7 +29,7 @@ def inputs(tokens=20, top_n=TOP_N):
 
 
 def full_path(x, weight, noise, draws, token_mask, **options):
-    """route, dispatch, an expert and combine, with every input that they take."""
+    """Runs route, dispatch, an expert and combine, with every input that they have."""
     routing = topn_gating.route(
         F.linear(x, weight), TOP_N, noise=noise, noise_mult=0.3, draws=draws, token_mask=token_mask, **options
     )
@@ -195,12 +195,12 @@ def test_export_of_moe_for_any_number_of_tokens(lead):
 
 @pytest.mark.parametrize("router_dtype", [None, torch.float32])
 @pytest.mark.parametrize("make", [TopNGating, MoE])
-def test_meta_tensors_have_the_shapes_and_types_of_real_ones(make, router_dtype):
+def test_meta_tensors_have_the_shapes_and_types_of_others(make, router_dtype):
     x = torch.randn(2, 20, DIM).bfloat16()
-    real, meta = (
+    expected, meta = (
         make(DIM, EXPERTS, router_dtype=router_dtype, device=device, dtype=x.dtype)(x.to(device)) for device in ("cpu", "meta")
     )
-    for t, m in zip(real, meta, strict=True):
+    for t, m in zip(expected, meta, strict=True):
         assert (m.shape, m.dtype, m.device.type) == (t.shape, t.dtype, "meta")
 
 
