@@ -23,11 +23,12 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float | None = 
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0, equal_nan=True)
 
 
-def assert_near(actual: Tensor, expected: Tensor) -> None:
-    """Sums that may cancel: error within a few roundings of the type, relative to the largest element."""
+def assert_near(actual: Tensor, expected: Tensor, largest: float | None = None) -> None:
+    """Sums that may cancel: error within a few roundings of the type, relative to ``largest``: the largest element."""
     computed, info = 1e-12 if actual.dtype == torch.float64 else 2e-6, torch.finfo(actual.dtype)
     rounding = 0.0 if compute_dtype(actual.dtype) == actual.dtype else info.eps
-    largest = expected.abs().max().item() if expected.numel() else 0.0
+    if largest is None:
+        largest = expected.abs().max().item() if expected.numel() else 0.0
     least = info.smallest_normal * info.eps  # denormals are its multiples
     torch.testing.assert_close(actual.double(), expected, rtol=computed + rounding, atol=computed * largest + least)
 
