@@ -1,4 +1,4 @@
-"""How an operator becomes known to torch: the decorator :func:`operator`, and :func:`call`, which runs one by its class."""
+"""How an operator becomes known to torch: what the operators' classes share, and the decorator that registers one."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,7 +17,9 @@ class Operator(Function):
 
     A class under :func:`operator` has ``setup_context(ctx, inputs, output)``; ``backward(ctx, *grads)``, which returns the
     gradients of the first arguments, in a tuple; ``fake(*inputs)`` and ``fake_backward(*inputs)``, which check what the
-    kernels would and return empty results of ``<name>`` and ``<name>_backward``. ``forward`` and ``vmap`` are the decorator's.
+    kernels would and return empty results of ``<name>`` and ``<name>_backward``. The decorator adds ``forward``, ``vmap``,
+    ``call(*inputs)``, which runs the operator with its gradient and which a compiler sees as the operator itself, and
+    ``run_backward(*inputs)``, which runs ``<name>_backward``.
     """
 
     call: ClassVar[Callable[..., Any]]
@@ -81,7 +83,7 @@ def vmap_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the rule of ``torch.vmap`` for ``function``: one call for each sample, since each has losses of its own."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        if info.batch_size == 0:  # one sample of zeros has the results' shapes
+        if info.batch_size == 0:  # the results of one sample of zeros have the right shapes
             args = tuple(
                 a if d is None else torch.cat([a, a.new_zeros((*a.shape[:d], 1, *a.shape[d + 1 :]))], d)
                 for a, d in zip(args, in_dims, strict=True)
@@ -150,7 +152,7 @@ def _kernel(overload: OpOverload) -> Callable[..., Any]:
 
 
 def _with_nones(backward: Callable[..., tuple[Any, ...]], count: int) -> Callable[..., tuple[Any, ...]]:
-    """``backward`` with None for each of the ``count`` inputs that it says nothing of."""
+    """Returns ``backward`` with a None for each of the ``count`` inputs to which it gives no gradient."""
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -161,7 +163,7 @@ def _with_nones(backward: Callable[..., tuple[Any, ...]], count: int) -> Callabl
 
 
 def _of_one_device(overload: OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """``fake`` for tensors that are all of one device."""
+    """Returns ``fake`` with a check that all tensors are on one device."""
 
     @functools.wraps(fake)
     def wrapper(*args: Any) -> Any:
