@@ -141,7 +141,7 @@ def test_weights_that_are_no_numbers(backend, policy):
     ("policy", "operand"),
     [("random", "draws"), ("random", "weight"), ("random", "threshold"), ("threshold", "weight"), ("threshold", "threshold")],
 )
-@reals
+@compute_types
 def test_nan_is_not_routed(backend, policy, operand, dtype):
     """A NaN in any operand of the comparison: ranks above 0 are not routed."""
     case = assign_case((40,), 5, 3, 20, policy, dtype=dtype)
