@@ -53,7 +53,7 @@ def readable(t: Tensor) -> bool:
     """Whether ``t``'s values can be read at once: a CPU tensor that no compiler, transform or tracer stands behind."""
     return (
         type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
+        and t.is_cpu
         and not torch.compiler.is_compiling()
         and not transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -75,7 +75,7 @@ class GateLinear(nn.Linear):
             check_same_type(x, weight, "gate's")
         if autocast is None:
             return _product(x, weight, bias)
-        if x.device.type == "cpu" and autocast in SLOW_TYPES:
+        if x.is_cpu and autocast in SLOW_TYPES:
             return _product(x.to(autocast), weight.to(autocast), None if bias is None else bias.to(autocast))
         return F.linear(x, weight, bias)
 
@@ -83,11 +83,11 @@ class GateLinear(nn.Linear):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of operands of one type, by the fastest way."""
     logits: Tensor
-    if x.device.type == "cpu" and x.dtype in SLOW_TYPES and not forward_mode_active():
+    if x.is_cpu and x.dtype in SLOW_TYPES and not forward_mode_active():
         logits = Linear.call(x, weight)
         return logits if bias is None else logits + bias
     special = torch.compiler.is_compiling() or transforms_active() or forward_mode_active()
-    if x.device.type != "cpu" or bias is not None or special:
+    if not x.is_cpu or bias is not None or special:
         logits = F.linear(x, weight, bias)
         return logits
     logits = run(TorchLinear, x, weight)
