@@ -25,12 +25,12 @@ others = pytest.mark.parametrize(
 )
 
 
-SPECIAL = [[NAN], [INF], [-INF], [0.0, -0.0], [-1.0], [NAN, INF, -INF, 0.0, -0.0, -1.0, 1.0]]
+UNUSUAL = [[NAN], [INF], [-INF], [0.0, -0.0], [-1.0], [NAN, INF, -INF, 0.0, -0.0, -1.0, 1.0]]
 
 
 def spoil(t: Tensor) -> Tensor:
     """Special numbers here and there in a float tensor, of one kind or of all, few or many or none; at times negative ones."""
-    special = torch.tensor(SPECIAL[torch.randint(len(SPECIAL), ())])
+    special = torch.tensor(UNUSUAL[torch.randint(len(UNUSUAL), ())])
     chosen = torch.rand(t.shape) < torch.tensor([0.0, 0.05, 0.5])[torch.randint(3, ())]
     t = torch.where(chosen, special[torch.randint(len(special), t.shape)].to(t.dtype), t)
     return t * torch.randn(t.shape).sign().to(t.dtype) if torch.rand(()) < 0.2 else t
