@@ -100,9 +100,8 @@ def test_every_build_answers_for_either_device(name, key):
 @pytest.mark.skipif(topn_gating.build_info()["cuda"] is not None, reason="this build has CUDA kernels")
 def test_cuda_tensors_without_cuda_kernels_say_what_to_do():
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # as a CUDA tensor would bring it
-    slot = torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"^topn_gating was built without CUDA kernels: .*TOPN_GATING_CUDA=1 pip install"):
-        torch.ops.topn_gating.assign_backward.default.redispatch(cuda, torch.zeros(2, 3), slot)
+        torch.ops.topn_gating.combine.default.redispatch(cuda, *torch.zeros(5, 2, 3))
 
 
 PTXAS = """ptxas info    : Compiling entry function '_Z4gatePf' for 'sm_90'
