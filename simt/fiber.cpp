@@ -8,8 +8,8 @@
 
 #include "sanitizers.h"
 
-// void simt_switch_stacks(void** saved, void* next): saves the registers that a call keeps on the stack, whose pointer goes
-// to *saved, and takes up the stack `next`. The floating-point modes are not saved: kernels do not change them.
+// Pushes the callee-saved registers, stores the stack pointer to *saved, and continues on the stack whose saved pointer is
+// `next`. The floating-point modes are not saved: kernels do not change them.
 extern "C" void simt_switch_stacks(void** saved, void* next);
 
 #if defined(__x86_64__)
@@ -39,7 +39,7 @@ simt_switch_stacks:
 .popsection
 )");
 namespace {
-// Saved registers, the address that `ret` takes, and the null return address of the entry itself.
+// Words on a new stack: the saved registers, the entry's address, to which `ret` jumps, and a null return address.
 constexpr int kFrameWords = 8, kEntryWord = 6;
 }  // namespace
 #elif defined(__aarch64__)
@@ -78,6 +78,7 @@ simt_switch_stacks:
 .popsection
 )");
 namespace {
+// Words on a new stack: the saved registers, among which x30 holds the entry's address.
 constexpr int kFrameWords = 20, kEntryWord = 1;
 }  // namespace
 #else
@@ -87,18 +88,21 @@ constexpr int kFrameWords = 20, kEntryWord = 1;
 namespace simt {
 namespace {
 
-constexpr size_t kGuard = 64 << 10;   // a page of any size
-constexpr size_t kStack = 256 << 10;  // a sanitizer writes its report on it
-constexpr unsigned kColours = 31;
-constexpr size_t kColour = 320;  // bytes between tops: at one place in their pages, they would share a few cache lines
+constexpr size_t kGuard = 64 << 10;   // bytes of the guard area: a multiple of the page size of any system
+constexpr size_t kStack = 256 << 10;  // bytes of a stack: enough for a sanitizer to write its report
+// Number of different shifts of a stack's top, and bytes from one to the next. Tops at equal offsets in their pages would
+// share a few cache lines.
+constexpr unsigned kShifts = 31;
+constexpr size_t kShift = 320;
 
-Context* left;  // who was switched from
+Context* left;  // the context that was last switched away from
 
-// What AddressSanitizer wants to know after a switch: also the stack of who was left, for the way back.
+// Tells AddressSanitizer that a switch is complete, and records the stack of the context that was left, for the switch back.
 void arrive(void* fake_stack) {
   if (has_asan()) __sanitizer_finish_switch_fiber(fake_stack, &left->bottom, &left->size);
 }
 
+// Tells the sanitizers that a switch begins.
 void depart(Context& from, Context& to, void** fake_stack) {
   left = &from;
   if (has_tsan()) become(to.tsan);
@@ -111,14 +115,14 @@ Fiber::Fiber(unsigned number) {
   void* memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) throw std::bad_alloc();
   mapping_ = static_cast<char*>(memory);
-  top_ = mapping_ + kGuard + kStack - number % kColours * kColour;
+  top_ = mapping_ + kGuard + kStack - number % kShifts * kShift;
   bottom = mapping_ + kGuard;
   size = kStack;
   if (has_tsan()) tsan = __tsan_create_fiber(0);
 }
 
 Fiber::~Fiber() {
-  // A fiber that was left in the middle leaves the redzones of its frames.
+  // A fiber that did not run to its end leaves its frames' redzones poisoned.
   if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(bottom, size);
   if (has_tsan()) __tsan_destroy_fiber(tsan);
   munmap(mapping_, kGuard + kStack);

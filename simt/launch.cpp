@@ -1,4 +1,4 @@
-// Launches: what is refused, blocks made and cleared away, and the parts of the CUDA runtime that stand for the device.
+// Launches: their checks, the setup and cleanup of blocks, and the functions of the CUDA runtime that describe the device.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -13,13 +13,14 @@ namespace simt {
 namespace {
 
 constexpr uint64_t kMaxBlock = 1024, kMaxGrid = 0x7fffffff;
-constexpr size_t kMaxShared = 227 << 10;  // a block's on an H100
-// Threads of ThreadSanitizer that a launch spreads its blocks over. It allows 8128, and every one makes the clocks longer.
-// Blocks that share them look ordered to it, so that a race between such two is missed.
+constexpr size_t kMaxShared = 227 << 10;  // bytes of shared memory of a block on an H100
+// Number of fibers over which a launch spreads its blocks under ThreadSanitizer, which allows 8128 and whose cost grows with
+// each. Blocks that run on the same fibers look ordered to it, so it misses races between them.
 constexpr size_t kTsanFibers = 512;
 
 std::mutex launching;
 
+// Returns the error of a launch that CUDA would refuse, and sets its text; cudaSuccess: the launch may run.
 cudaError_t refuse(const Request& request) {
   const auto because = [&](const char* what, uint64_t value, cudaError_t error) {
     settings.error = std::string("simt: kernel ") + request.kernel + ": " + what + std::to_string(value) + "\n";
@@ -40,7 +41,7 @@ cudaError_t refuse(const Request& request) {
   return cudaSuccess;
 }
 
-// Fresh memory, every bit set: NaN as a float, -1 as an integer.
+// Allocates shared memory with every bit set: NaN as a float, -1 as an integer.
 void* allocate_shared(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
@@ -48,6 +49,7 @@ void* allocate_shared(size_t bytes) {
   return memory;
 }
 
+// Initialises a block's threads and warps, except for the threads' fibers.
 void set_threads(Block& block) {
   const size_t count = machine.request.block;
   block.exited = 0;
@@ -68,7 +70,8 @@ void set_threads(Block& block) {
   }
 }
 
-// What ThreadSanitizer must not see in the hands of a launcher that knows of earlier blocks.
+// Allocates a block's shared memory and tokens and prepares its fibers. Under ThreadSanitizer the setter does so: the launcher
+// comes after all earlier blocks, so that their races with this one would be missed.
 void set_memory(Block& block, size_t first_fiber) {
   if (has_tsan()) {
     become(machine.setter);
@@ -89,6 +92,7 @@ void set_memory(Block& block, size_t first_fiber) {
   }
 }
 
+// Sets a block up and queues its threads.
 void set_block(Block& block, unsigned index, size_t first_fiber) {
   block.index = index;
   set_threads(block);
@@ -97,7 +101,8 @@ void set_block(Block& block, unsigned index, size_t first_fiber) {
   machine.running += block.threads.size();
 }
 
-// What the threads did, finished or not, comes before what the launcher does next.
+// Orders the accesses of the block's threads, also of those that did not finish, before the launcher's next ones, for
+// ThreadSanitizer, and frees the tokens.
 void join_threads(Block& block) {
   if (machine.error != nullptr) {
     for (Thread& thread : block.threads) {
@@ -113,14 +118,16 @@ void join_threads(Block& block) {
   }
 }
 
+// Frees a block's memory.
 void clear_block(Block& block, size_t first_fiber) {
   if (has_tsan()) join_threads(block);
   std::free(block.shared);
   if (machine.error == nullptr) return;
-  // Fibers of a launch that failed may be anywhere; none is used again.
+  // The fibers of a failed launch may have stopped anywhere in the kernel, so they are deleted.
   for (const Thread& thread : block.threads) machine.fibers[first_fiber + thread.index].reset();
 }
 
+// Runs the blocks that run at the same time: of those in `indices`, as many as machine.blocks has.
 void run_blocks(const unsigned* indices, size_t first_fiber) {
   const size_t threads = machine.request.block;
   machine.running = 0;
@@ -132,6 +139,7 @@ void run_blocks(const unsigned* indices, size_t first_fiber) {
   for (size_t i = 0; i < machine.blocks.size(); ++i) clear_block(machine.blocks[i], first_fiber + i * threads);
 }
 
+// Returns the blocks' indices in the order in which the schedule runs them.
 std::vector<unsigned> block_order(size_t count) {
   std::vector<unsigned> order(count);
   std::iota(order.begin(), order.end(), 0u);
@@ -142,6 +150,7 @@ std::vector<unsigned> block_order(size_t count) {
   return order;
 }
 
+// Runs a launch that was not refused.
 void run(const Request& request) {
   machine.request = request;
   machine.error = nullptr;
@@ -150,7 +159,7 @@ void run(const Request& request) {
   start_random();
   const std::vector<unsigned> order = block_order(request.grid);
   const size_t live = request.cooperative ? request.grid : 1;
-  const size_t sets = has_tsan() ? max(kTsanFibers / request.block, size_t(1)) : 1;  // of fibers, for blocks in turn
+  const size_t sets = has_tsan() ? max(kTsanFibers / request.block, size_t(1)) : 1;  // sets of fibers that blocks use in turn
   machine.blocks.resize(live);
   size_t ring = 1;
   while (ring < live * request.block) ring *= 2;

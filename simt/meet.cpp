@@ -1,9 +1,10 @@
-// Where threads meet: warp operations and barriers.
+// Warp operations and barriers: threads that wait for one another, and their results.
 #include "scheduler.h"
 
 namespace simt {
 namespace {
 
+// Records that the thread waits at an operation.
 void wait_at(Thread& thread, Op op, unsigned mask, Site site) {
   thread.state = State::Waiting;
   thread.op = op;
@@ -11,8 +12,8 @@ void wait_at(Thread& thread, Op op, unsigned mask, Site site) {
   thread.site = site;
 }
 
-// The lane that a shuffle reads, by the rules of PTX's shfl: 5 bits of the argument, and the own lane where the other is
-// out of the segment.
+// Returns the lane that a shuffle reads, as PTX defines shfl: the argument counts modulo 32, and a lane whose source is outside
+// its segment reads its own value.
 unsigned shuffle_source(Op op, unsigned lane, int argument, int width) {
   const unsigned arg = unsigned(argument) & 31u, in_segment = unsigned(width) - 1;
   const unsigned first = lane & ~in_segment, last = first | in_segment;
@@ -25,11 +26,13 @@ unsigned shuffle_source(Op op, unsigned lane, int argument, int width) {
   }
 }
 
+// Calls f(lane) for each lane of the mask, in ascending order.
 template <class F>
 void for_lanes(unsigned mask, const F& f) {
   for (; mask != 0; mask &= mask - 1) f(unsigned(__builtin_ctz(mask)));
 }
 
+// Sets the results of __match_any_sync.
 void match(Warp& warp, unsigned mask) {
   while (mask != 0) {
     const uint64_t value = warp.value[__builtin_ctz(mask)];
@@ -40,7 +43,7 @@ void match(Warp& warp, unsigned mask) {
   }
 }
 
-// What all lanes get alike: a vote or a reduction.
+// Returns the result of a vote or a reduction, which is the same for all lanes of the mask.
 uint64_t vote(Op op, const Warp& warp, unsigned mask) {
   unsigned ballot = 0, sum = 0, least = ~0u, most = 0;
   int lowest = INT32_MAX, highest = INT32_MIN;
@@ -66,6 +69,7 @@ uint64_t vote(Op op, const Warp& warp, unsigned mask) {
   }
 }
 
+// Sets the lanes' results of a meeting that all lanes have reached, removes it and makes the lanes ready.
 void complete(Warp& warp, Meeting& meeting) {
   const unsigned mask = meeting.mask;
   if (meeting.op <= Op::ShuffleXor) {
@@ -80,7 +84,8 @@ void complete(Warp& warp, Meeting& meeting) {
   for_lanes(mask, [&](unsigned lane) { make_ready(warp.threads[lane]); });
 }
 
-// The meeting of the lanes that are where this thread is.
+// Returns the meeting of the thread's operation, mask and place of call, a new one if the thread is the first to reach it.
+// Fails if lanes of the mask wait elsewhere.
 Meeting& join(Warp& warp, const Thread& thread) {
   const unsigned self = 1u << thread.lane;
   for (int i = 0; i < warp.open; ++i) {
@@ -105,6 +110,7 @@ void check_shuffle(unsigned mask, unsigned source, int width) {
   if ((mask >> source & 1) == 0) fail("a shuffle reads a lane outside its mask");
 }
 
+// Returns the tokens of the mask's __syncwarp, allocated at its first use; null without ThreadSanitizer.
 Rounds* rounds_of(Warp& warp, unsigned mask) {
   if (!has_tsan()) return nullptr;
   Rounds* rounds = warp.rounds;
@@ -115,7 +121,7 @@ Rounds* rounds_of(Warp& warp, unsigned mask) {
   return warp.rounds = rounds;
 }
 
-// A barrier of the threads of `count` blocks. Returns how many predicates hold.
+// Waits at a barrier for all threads of `count` blocks; returns the number of threads whose predicate holds.
 int meet_all(Barrier& barrier, Rounds* rounds, Block* blocks, size_t count, Op op, int predicate, Site site) {
   Thread& thread = *machine.current;
   Warp& warp = *thread.warp;

@@ -1,4 +1,5 @@
-// Tells ThreadSanitizer what orders memory: a thread releases a token and another acquires it. Switching fibers orders nothing.
+// Tells ThreadSanitizer which synchronisation orders memory accesses: one thread releases a token and another acquires it.
+// Switching fibers alone orders nothing.
 #pragma once
 
 #include <cstdlib>
@@ -7,25 +8,26 @@
 
 namespace simt {
 
-// A rendezvous takes two tokens in turn: a thread that runs ahead to the next one would, with a single token, pass on
-// what it did in between to those that have yet to leave the last.
+// The tokens of a barrier that the same threads reach repeatedly. Its rounds alternate between two tokens: with one token, a
+// thread that is already at the next round would release its newer accesses to threads that have yet to leave the last round.
 struct Rounds {
-  unsigned mask;  // of a warp's lanes; one pair of tokens for every set of threads that meets
+  unsigned mask;  // lanes that meet, for __syncwarp: each mask has tokens of its own
   unsigned round = 0;
-  Rounds* next = nullptr;
+  Rounds* next = nullptr;  // of another mask of the same warp
   long tokens[2] = {};
 
   explicit Rounds(unsigned lanes = 0) : mask(lanes) {}
   void* token() { return &tokens[round & 1]; }
 };
 
-// The tokens of a launch or of a block. They lie in memory of their own, for its release clears what they passed on.
+// The tokens of a launch or of a block. They are allocated separately: freeing them makes ThreadSanitizer forget their order.
 struct Tokens {
   long start = 0, end = 0;
   Rounds barrier;
 };
 
-// Released on the way into a rendezvous and acquired on the way out, or nothing at all where there are no rounds.
+// Releases the current token on construction, before a thread waits, and acquires it on destruction, after the wait. Does
+// nothing if `rounds` is null.
 class Order {
  public:
   explicit Order(Rounds* rounds) : token_(rounds == nullptr ? nullptr : rounds->token()) {

@@ -1,4 +1,4 @@
-// What stands in simt_error after a launch failed: what happened, and where every thread is.
+// The text of simt_error() after a failed launch: what happened, and where every thread is.
 #include <cstdio>
 
 #include "scheduler.h"
@@ -14,12 +14,14 @@ std::string hex(unsigned value) {
   return text;
 }
 
+// Describes where a thread waits: operation, file and line, and mask.
 std::string place(const Thread& thread) {
   std::string text = std::string(op_name(thread.op)) + ", " + thread.site.file + ":" + number(thread.site.line);
   if (thread.op <= Op::SyncWarp) text += ", mask " + hex(thread.mask);
   return text;
 }
 
+// Describes the state of threads, as the predicate of "threads 0-31 ...".
 std::string where(const Thread& thread) {
   switch (thread.state) {
     case State::Ready: return "can run";
@@ -34,7 +36,8 @@ bool same_place(const Thread& a, const Thread& b) {
          (a.state != State::Waiting || (a.op == b.op && a.mask == b.mask && a.site == b.site));
 }
 
-// "0-15, 32" and so on: the threads of the block that are where thread `first` is. None if an earlier one is there too.
+// Lists the threads of the block that are at the same place as thread `first`, such as "0-15, 32". Returns "" if a thread
+// before `first` is there too, whose list has named them.
 std::string others_at(const Block& block, unsigned first) {
   std::string text;
   const auto there = [&](size_t i) { return i < block.threads.size() && same_place(block.threads[i], block.threads[first]); };

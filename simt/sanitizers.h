@@ -1,4 +1,5 @@
-// The sanitizers' hooks for fibers: weak, so that one object serves every build. Where the sanitizer is absent they are null.
+// The sanitizers' hooks for fibers. They are weak symbols, null in a program without the sanitizer, so that one object file
+// serves every build.
 #pragma once
 
 #include <cstddef>
@@ -22,11 +23,12 @@ namespace simt {
 inline bool has_asan() { return __sanitizer_start_switch_fiber != nullptr; }
 inline bool has_tsan() { return __tsan_create_fiber != nullptr; }
 
-// What came before `release` in one fiber is seen by who calls `acquire` on the same address later, and by no one else.
+// Order the accesses before release(token) in one fiber before those after a later acquire(token) in another.
 inline void release(void* token) { __tsan_release(token); }
 inline void acquire(void* token) { __tsan_acquire(token); }
 
-constexpr unsigned kNoOrder = 1;  // a switch that orders no memory
+// Makes ThreadSanitizer attribute what follows to a fiber.
+constexpr unsigned kNoOrder = 1;  // flag of a switch that does not order memory accesses
 inline void become(void* fiber) { __tsan_switch_to_fiber(fiber, kNoOrder); }
 
 }  // namespace simt

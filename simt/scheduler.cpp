@@ -22,8 +22,8 @@ uint64_t random_bits() {  // splitmix64
   return z ^ (z >> 31);
 }
 
-// The next thread by the schedule; null if none can run.
-Thread* take_ready() {
+// Removes the thread that the schedule runs next from the queue and returns it; null if no thread can run.
+Thread* next_ready() {
   if (machine.ready_count == 0) return nullptr;
   const auto at = [](size_t i) -> Thread*& { return machine.ready[i & (machine.ready.size() - 1)]; };
   const size_t left = --machine.ready_count;
@@ -33,7 +33,7 @@ Thread* take_ready() {
   return std::exchange(at(machine.first_ready + random_below(left + 1)), last);
 }
 
-// The thread is the one that runs, as soon as its fiber is switched to.
+// Makes a thread the current one and returns its fiber, to which the caller must switch.
 Fiber& enter(Thread& thread) {
   machine.current = &thread;
   threadIdx = {thread.index, 0, 0};
@@ -42,6 +42,7 @@ Fiber& enter(Thread& thread) {
   return *thread.fiber;
 }
 
+// Ends the current thread and switches to the next one, or to the launcher after the last.
 [[noreturn]] void leave_thread(Thread& thread) {
   thread.state = State::Exited;
   check_exit(thread);
@@ -50,11 +51,12 @@ Fiber& enter(Thread& thread) {
   if (has_tsan()) release(&thread.block->tokens->end);
   Fiber& fiber = *thread.fiber;
   if (--machine.running == 0) leave_context(fiber, machine.launcher);
-  Thread* next = take_ready();
+  Thread* next = next_ready();
   if (next == nullptr) fail("no thread can run");
   leave_context(fiber, enter(*next));
 }
 
+// Runs the current thread from its start: the entry of every fiber.
 [[noreturn]] void run_thread() {
   begin();
   Thread& thread = *machine.current;
@@ -71,7 +73,7 @@ uint64_t random_below(uint64_t bound) { return (random_bits() >> 32) * bound >> 
 
 void yield() {
   Thread& thread = *machine.current;
-  Thread* next = take_ready();
+  Thread* next = next_ready();
   if (next == nullptr) fail("no thread can run");
   if (next != &thread) switch_context(*thread.fiber, enter(*next));
 }
@@ -82,7 +84,7 @@ void fail(const char* what) {
 }
 
 void run_ready() {
-  Thread* first = take_ready();
+  Thread* first = next_ready();
   switch_context(machine.launcher, enter(*first));
 }
 

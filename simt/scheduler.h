@@ -1,7 +1,7 @@
-// The threads of a launch on the host: who is where, who runs next, and what went wrong.
+// The state of a launch on the host: where each thread is, which thread runs next, and what went wrong.
 //
-// Everything here is one global state under the launch's lock. It is compiled without sanitizers, which would take the
-// fibers' common use of it for races of the kernel.
+// The state is global and guarded by the lock that launch() holds. It is compiled without sanitizers: ThreadSanitizer would
+// report its use by several fibers as races of the kernel.
 #pragma once
 
 #include <cstring>
@@ -18,6 +18,7 @@ namespace simt {
 struct Block;
 struct Warp;
 
+// The place in the source of a call of a warp operation or barrier.
 struct Site {
   const char* file;
   int line;
@@ -33,64 +34,72 @@ struct Thread {
   Fiber* fiber;
   Block* block;
   Warp* warp;
-  unsigned index, lane;
+  unsigned index;  // in the block
+  unsigned lane;   // in the warp
   State state;
-  Op op;  // where it waits, or last waited
+  // The operation at which the thread waits or last waited, its mask, the place of its call, and its result.
+  Op op;
   unsigned mask;
   Site site;
-  uint64_t result;  // what the operation returns
+  uint64_t result;
 };
 
-// Lanes that wait for one another.
+// A warp operation that some lanes have reached and others have not.
 struct Meeting {
   Op op;
-  unsigned mask, arrived;
+  unsigned mask;     // lanes that take part
+  unsigned arrived;  // lanes of the mask that are there
   Site site;
 };
 
 struct Warp {
   Thread* threads;
-  unsigned existing, exited, at_barrier;  // lanes
-  int open;
+  unsigned existing, exited, at_barrier;  // masks of the warp's lanes
+  int open;                               // number of meetings that are not complete
   Meeting meetings[32];
-  uint64_t value[32];
-  unsigned char source[32];  // lanes that shuffles read
-  Rounds* rounds;
+  uint64_t value[32];        // operand of each lane's operation
+  unsigned char source[32];  // lane that each lane's shuffle reads
+  Rounds* rounds;            // linked list of the tokens of __syncwarp, one element for each mask
 };
 
+// A barrier of a block or of the grid.
 struct Barrier {
   Op op;
   Site site;
-  unsigned arrived;
-  int count;  // of predicates that hold
+  unsigned arrived;  // number of threads that wait at it
+  int count;         // number of those whose predicate holds
 };
 
 struct Block {
-  unsigned index, exited;
+  unsigned index;   // in the grid
+  unsigned exited;  // number of threads that have exited
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barrier;
   void* shared;
-  Tokens* tokens;  // null without ThreadSanitizer, as are all tokens
+  Tokens* tokens;  // null without ThreadSanitizer
 };
 
+// The launch that runs, and what later launches reuse.
 struct Machine {
   Request request;
-  std::vector<Block> blocks;  // that are live
+  std::vector<Block> blocks;  // the blocks that run at the same time: all of a cooperative launch, else one
   Barrier grid;
-  Tokens* tokens = nullptr;
-  size_t running = 0;  // threads that have not exited
+  Tokens* tokens = nullptr;  // null without ThreadSanitizer
+  size_t running = 0;        // number of threads that have not exited
   Thread* current = nullptr;
-  std::vector<Thread*> ready;  // a ring, of a power of two
+  std::vector<Thread*> ready;  // ring buffer of the threads that can run; its size is a power of two
   size_t first_ready = 0, ready_count = 0;
-  const char* error = nullptr;
+  const char* error = nullptr;  // what the current thread did wrong, which ends the launch
 
-  Context launcher;
-  void* setter = nullptr;  // ThreadSanitizer's thread that sets up blocks, and knows of no block that ran
+  Context launcher;  // the OS thread that called launch()
+  // ThreadSanitizer's fiber that sets blocks up. No block that has run is ordered before it, as it would be before the launcher.
+  void* setter = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
 };
 extern Machine machine;
 
+// What simt_control.h sets and returns.
 struct Settings {
   int schedule = SIMT_FIFO;
   uint64_t seed = 0;
@@ -100,26 +109,31 @@ struct Settings {
 };
 extern Settings settings;
 
-void start_random();  // from the seed
+// Restarts the scheduler's random numbers from the seed.
+void start_random();
+// Returns a random number less than `bound`.
 uint64_t random_below(uint64_t bound);
 
+// Puts a thread at the end of the queue of threads that can run.
 inline void make_ready(Thread& thread) {
   thread.state = State::Ready;
   machine.ready[(machine.first_ready + machine.ready_count++) & (machine.ready.size() - 1)] = &thread;
 }
-// The current thread waits, or has been made ready again; another one runs.
+// Switches from the current thread, which waits or is queued again, to the next ready thread; returns when it runs again.
 void yield();
-// Ends the launch with what the current thread did wrong.
+// Ends the launch with an error: `what` says what the current thread did wrong.
 [[noreturn]] void fail(const char* what);
-// The current thread exits: is anyone waiting for it?
+// Fails the launch if other threads wait for this one, which exits.
 void check_exit(Thread&);
 
-// A fiber of the pool that will run the thread it is given to.
+// Returns fiber `number` of the pool, allocated if need be, ready to run a thread from its start.
 Fiber& prepare_fiber(size_t number);
-// Runs all threads that are ready, and those they make ready, until they have exited or one fails.
+// Runs the ready threads, and those that become ready, until all have exited or one fails.
 void run_ready();
 
+// Returns the CUDA function's name.
 const char* op_name(Op);
+// Returns the text of simt_error() for the launch that failed.
 std::string describe_error();
 
 }  // namespace simt

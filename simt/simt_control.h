@@ -1,5 +1,5 @@
-// What a test sets and asks about the kernels' runs on the host, in C so that ctypes reaches it too. The state is the
-// process's own and one: launches from several threads run one after another, and a test that sets it launches alone.
+// Settings and results of the kernels' launches on the host, in C so that ctypes can call them. The state is global to the
+// process: launches from several threads run one after another, and a test that changes the settings must launch alone.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 
 extern "C" {
 
-// Which of the ready threads runs next, and the order of the blocks.
+// Selects which of the ready threads runs next, and the order of the blocks.
 enum SimtSchedule {
   SIMT_FIFO = 0,    // the thread that became ready first; blocks ascending
   SIMT_LIFO = 1,    // the thread that became ready last; blocks descending
@@ -16,11 +16,12 @@ enum SimtSchedule {
 };
 SIMT_EXPORT void simt_set_schedule(int schedule, uint64_t seed);
 
-// Sets the value of cudaDevAttrMultiProcessorCount, initially 3: a cooperative launch has as many blocks.
+// Sets the value of cudaDevAttrMultiProcessorCount, initially 3, which is also the most blocks of a cooperative launch.
 SIMT_EXPORT void simt_set_multiprocessors(int count);
 
-// Return the number of launches since the last reset, refused ones too, and the text of the last error, or "".
+// Return the number of launches since the last reset, refused ones included, and the text of the last error ("": none).
 SIMT_EXPORT long simt_launches(void);
 SIMT_EXPORT const char* simt_error(void);
+// Sets the number of launches to 0 and clears the error.
 SIMT_EXPORT void simt_reset(void);
 }

@@ -1,15 +1,15 @@
-// CUDA for kernels that g++ compiles to run on the host: every thread is a fiber, and the operations that threads meet in
-// are calls of the scheduler (scheduler.h), which checks them.
+// The part of CUDA that kernels use, for g++ to compile them to run on the host: every thread is a fiber, and warp operations
+// and barriers call the scheduler (scheduler.h), which checks them.
 #pragma once
 
 #include "simt_control.h"
 #include "simt_types.h"
 
 #ifndef SIMT_BLOCK_THREADS
-#define SIMT_BLOCK_THREADS 64  // of kernels that may choose
+#define SIMT_BLOCK_THREADS 64  // threads of a block, for kernels that run with any number of them
 #endif
 
-// Of the thread that runs.
+// The indices of the running thread and the sizes of its launch.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -35,24 +35,27 @@ enum class Op : unsigned char {
   SyncThreads, SyncThreadsOr, SyncThreadsCount, SyncGrid,
 };
 
-// The running thread waits until every lane of the mask is at the same operation; returns its own result.
+// Waits until every lane of the mask has called the same operation from the same place; returns the running thread's result.
 uint64_t meet_warp(Op, unsigned mask, uint64_t value, int argument, int width, const char* file, int line);
-// The running thread waits for its block, or for the grid.
+// Waits for all threads of the block; returns the result of __syncthreads_or and __syncthreads_count.
 int meet_block(Op, int predicate, const char* file, int line);
+// Waits for all threads of the grid.
 void meet_grid(const char* file, int line);
 
-extern void* shared_memory;  // of the running thread's block
+extern void* shared_memory;  // dynamic shared memory of the running thread's block
 
 struct Request {
-  const char* kernel;
-  void (*body)(const void* call);  // runs one thread
-  const void* call;
-  uint64_t grid, block;
+  const char* kernel;              // name, for reports
+  void (*body)(const void* call);  // runs one thread: calls the kernel
+  const void* call;                // argument of body: the kernel and its arguments
+  uint64_t grid, block;            // blocks, and threads of a block
   size_t shared_bytes;
   bool cooperative;
 };
+// Runs a kernel and returns when it has ended.
 cudaError_t launch(const Request&);
 
+// Keeps a parameter out of template argument deduction.
 template <class T>
 struct Same {
   using Type = T;
@@ -66,10 +69,11 @@ cudaError_t launch(const char* name, void (*kernel)(Args), uint64_t grid, uint64
     const Args& args;
   };
   const Call call{kernel, args};
-  const auto body = [](const void* of) { static_cast<const Call*>(of)->kernel(static_cast<const Call*>(of)->args); };
+  const auto body = [](const void* call) { static_cast<const Call*>(call)->kernel(static_cast<const Call*>(call)->args); };
   return launch({name, body, &call, grid, block, shared_bytes, cooperative});
 }
 
+// Returns the bytes of a value of at most 8 bytes, followed by zeros.
 template <class T>
 inline uint64_t to_bits(T value) {
   uint64_t bits = 0;
@@ -77,6 +81,7 @@ inline uint64_t to_bits(T value) {
   return bits;
 }
 
+// Returns the value whose bytes to_bits gave.
 template <class T>
 inline T from_bits(uint64_t bits) {
   T value;
@@ -92,8 +97,8 @@ inline T from_bits(uint64_t bits) {
 #define SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, smem, stream, args) \
   ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, true)
 
-// A function that wraps one of the operations below takes SIMT_CALLER after its last parameter and hands SIMT_PASS on after
-// the last argument. Otherwise its own line stands for all that call it, in reports and in telling operations apart.
+// A function that wraps one of the operations below declares SIMT_CALLER after its last parameter and passes SIMT_PASS after
+// the last argument, so that reports name the line of its caller, and calls from different lines count as different operations.
 #define SIMT_CALLER , const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define SIMT_PASS , file, line
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -149,11 +154,11 @@ inline int __syncthreads_count(int predicate, SIMT_SITE) {
 inline void simt_grid_sync(SIMT_SITE) { simt::meet_grid(file, line); }
 #undef SIMT_SITE
 
-// One thread runs at a time, so a fence has nothing to do.
+// Do nothing: one thread runs at a time.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// Relaxed, as on the GPU: they order no other memory. There are none for floats, whose sums would depend on the schedule.
+// Atomics are relaxed, as on the GPU: they order no other accesses. Floats have none, since sums would depend on the schedule.
 #define SIMT_ATOMICS(T)                                                                              \
   inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }               \
   SIMT_ORDERED_ATOMICS(T)
@@ -180,5 +185,5 @@ SIMT_ORDERED_ATOMICS(long long)
 #undef SIMT_ATOMICS
 #undef SIMT_ORDERED_ATOMICS
 
-// Counts the caller in. What came before it in a caller is seen by all that count themselves in later.
+// Adds 1 to the counter and returns its value before. Accesses before an earlier caller's ticket are visible after this one.
 inline unsigned simt_ticket(unsigned* counter) { return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL); }

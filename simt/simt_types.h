@@ -1,5 +1,4 @@
-// What CUDA C++ adds to the language and its headers, for g++: keywords, vector types, 16-bit floats, and intrinsics that
-// need no other thread.
+// Definitions that let g++ compile CUDA C++: keywords, vector types, 16-bit floats, and intrinsics that involve one thread.
 #pragma once
 
 #include <cmath>
@@ -22,7 +21,7 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// Vectors are loaded from arrays of their elements, so they may alias them, as they do for nvcc.
+// Kernels load vectors from arrays of their elements, so vectors may alias them, as they may for nvcc.
 #define SIMT_VECTORS(T, name, align2, align4)                                           \
   struct __attribute__((may_alias, aligned(align2))) name##2 { T x, y; };               \
   struct __attribute__((may_alias, aligned(align4))) name##4 { T x, y, z, w; };         \
@@ -41,6 +40,7 @@ SIMT_VECTORS(double, double, 16, 16)
 
 namespace simt {
 
+// Returns the value of type To that has the same bits.
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
@@ -72,7 +72,7 @@ inline unsigned __brev(unsigned v) {
 }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
-// Only equal types: CUDA's mixed overloads convert silently.
+// Both arguments must have the same type: CUDA also has overloads for mixed types, which convert silently.
 #define SIMT_MIN_MAX(T)                              \
   inline T min(T a, T b) { return b < a ? b : a; }   \
   inline T max(T a, T b) { return a < b ? b : a; }
@@ -88,7 +88,7 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 inline double min(double a, double b) { return std::fmin(a, b); }
 inline double max(double a, double b) { return std::fmax(a, b); }
 
-// Loads and stores with a hint to the caches.
+// Plain loads and stores: the cache hints have no effect on the host.
 template <class T> inline T __ldg(const T* p) { return *p; }
 template <class T> inline T __ldcs(const T* p) { return *p; }
 template <class T> inline T __ldcg(const T* p) { return *p; }
@@ -111,7 +111,7 @@ inline float __half2float(__half v) {
   const unsigned sign = (v.bits & 0x8000u) << 16, magnitude = (v.bits & 0x7fffu) << 13;
   if (magnitude > 0x0f800000u) return __uint_as_float(0x7fffffffu);  // the one NaN that a GPU converts to
   if (magnitude == 0x0f800000u) return __uint_as_float(sign | 0x7f800000u);
-  // Times 2^112 moves the exponent's bias, and makes denormals normal on the way.
+  // Multiplying by 2^112 corrects the bias of the exponent and normalises denormals.
   return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude) * 0x1p112f));
 }
 
@@ -121,7 +121,7 @@ inline __half __float2half_rn(float v) {
   unsigned half;
   if (magnitude >= 0x477ff000u) {  // 65520, halfway between the largest number and the next power of two
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // a denormal's unit, 2^-24, is the last place of 0.5f, so the addition rounds
+  } else if (magnitude < 0x38800000u) {  // the unit of a denormal, 2^-24, is the last place of 0.5f, so the sum is rounded to it
     half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;

@@ -1,4 +1,5 @@
-// The comment "// fault NAME" marks the lines that a report of the fault must name.
+// Kernels on which the emulator is tested, and their launches. A comment "// fault NAME" marks a line that the report of that
+// fault must name.
 #include "kernels.h"
 
 #include <cmath>
@@ -7,6 +8,7 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
+// Returns a launch's outcome: whether `got` is near `expected`, and the bits of `got`.
 template <class T>
 Outcome judge(cudaError_t error, const std::vector<T>& got, const std::vector<T>& expected) {
   std::vector<unsigned> bits(got.size() * sizeof(T) / sizeof(unsigned));
@@ -34,12 +36,12 @@ __device__ __forceinline__ float warp_sum(float v) {
 
 __global__ __launch_bounds__(1024) void softmax_kernel(SoftmaxArgs a) {
   const unsigned row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  const bool real = row < unsigned(a.rows);
+  const bool in_range = row < unsigned(a.rows);
   const unsigned at = row * 32 + threadIdx.x % 32;
-  const float x = real ? a.x[at] : 0.0f;
+  const float x = in_range ? a.x[at] : 0.0f;
   const float e = std::exp(x - warp_max(x));
   const float y = e / warp_sum(e);
-  if (real) a.y[at] = y;
+  if (in_range) a.y[at] = y;
 }
 
 struct ScanArgs {
@@ -103,15 +105,15 @@ __global__ void reverse_kernel(ReverseArgs a) {
   a.y[at] = v;
 }
 
-struct PartsArgs {
+struct BlockSumsArgs {
   const int* x;
   int* y;
-  int* parts;  // one a block
-  unsigned* done;
+  int* block_sums;  // (blocks)
+  unsigned* done;  // number of blocks that have stored their sums
   Fault fault;
 };
 
-// The block's sum, in every thread of the first warp.
+// Returns the sum of the block's values, the same in every thread.
 __device__ int block_sum(int* shared, int v) {
   shared[threadIdx.x] = v;
   __syncthreads();
@@ -120,32 +122,32 @@ __device__ int block_sum(int* shared, int v) {
   return __reduce_add_sync(kAll, sum);
 }
 
-__global__ void prefix_kernel(PartsArgs a) {
+__global__ void prefix_kernel(BlockSumsArgs a) {
   SIMT_DYN_SMEM(int, shared);
   const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
   const int sum = block_sum(shared, a.x[at]);
-  if (threadIdx.x == 0) a.parts[blockIdx.x] = sum;  // fault NoGridSync
+  if (threadIdx.x == 0) a.block_sums[blockIdx.x] = sum;  // fault NoGridSync
   if (a.fault != Fault::NoGridSync) simt_grid_sync();
   int before = 0;
-  for (unsigned b = 0; b < blockIdx.x; ++b) before += a.parts[b];  // fault NoGridSync
+  for (unsigned b = 0; b < blockIdx.x; ++b) before += a.block_sums[b];  // fault NoGridSync
   a.y[at] = before + a.x[at];
 }
 
-__global__ void last_kernel(PartsArgs a) {
+__global__ void last_kernel(BlockSumsArgs a) {
   SIMT_DYN_SMEM(int, shared);
   const int sum = block_sum(shared, a.x[blockIdx.x * blockDim.x + threadIdx.x]);
-  if (threadIdx.x == 0) a.parts[blockIdx.x] = sum;  // fault PlainTicket
+  if (threadIdx.x == 0) a.block_sums[blockIdx.x] = sum;  // fault PlainTicket
   unsigned before = 0;
   if (threadIdx.x == 0) before = a.fault == Fault::PlainTicket ? atomicAdd(a.done, 1u) : simt_ticket(a.done);
   if (__syncthreads_or(int(threadIdx.x == 0 && before == gridDim.x - 1)) == 0) return;
   int total = 0;
-  for (unsigned b = 0; b < gridDim.x; ++b) total += a.parts[b];  // fault PlainTicket
+  for (unsigned b = 0; b < gridDim.x; ++b) total += a.block_sums[b];  // fault PlainTicket
   a.y[threadIdx.x] = total;
 }
 
 struct HistogramArgs {
   const unsigned* x;
-  unsigned* counts;  // 16, and the total
+  unsigned* counts;  // (17): the values of each of 16 bins, and all values
   Fault fault;
 };
 
@@ -182,7 +184,7 @@ __global__ void memory_kernel(MemoryArgs a) {
   const float* from = a.x + at * 4 + (a.fault == Fault::Misaligned ? 1 : 0);
   const float4 v = *reinterpret_cast<const float4*>(from);  // fault Misaligned
   shared[at + (a.fault == Fault::SharedOverrun ? 1 : 0)] = v.x + v.y + v.z + v.w;  // fault SharedOverrun
-  const int one = 1 << (a.fault == Fault::WideShift ? a.shift : 0);  // fault WideShift
+  const int one = 1 << (a.fault == Fault::ShiftTooLarge ? a.shift : 0);  // fault ShiftTooLarge
   __syncthreads();
   a.y[at] = shared[at] * float(one);
 }
@@ -236,13 +238,13 @@ Outcome warp_reverse(Fault fault) {
 Outcome grid_prefix(Fault fault) {
   constexpr int blocks = 3, block = 64;
   const std::vector<int> x = numbers<int>(blocks * block);
-  std::vector<int> y(x.size()), parts(blocks, -1), expected(x);
+  std::vector<int> y(x.size()), block_sums(blocks, -1), expected(x);
   for (int b = 1; b < blocks; ++b) {
     for (int i = 0; i < block; ++i) {
       for (int j = 0; j < b * block; ++j) expected[b * block + i] += x[j];
     }
   }
-  const PartsArgs args{x.data(), y.data(), parts.data(), nullptr, fault};
+  const BlockSumsArgs args{x.data(), y.data(), block_sums.data(), nullptr, fault};
   return judge(SIMT_LAUNCH_COOPERATIVE(prefix_kernel, blocks, block, block * sizeof(int), nullptr, args), y, expected);
 }
 
@@ -251,9 +253,9 @@ Outcome last_block(Fault fault) {
   const std::vector<int> x = numbers<int>(blocks * block);
   int sum = 0;
   for (int v : x) sum += v;
-  std::vector<int> y(block), parts(blocks, -1), expected(block, sum);
+  std::vector<int> y(block), block_sums(blocks, -1), expected(block, sum);
   unsigned done = 0;
-  const PartsArgs args{x.data(), y.data(), parts.data(), &done, fault};
+  const BlockSumsArgs args{x.data(), y.data(), block_sums.data(), &done, fault};
   return judge(SIMT_LAUNCH(last_kernel, blocks, block, block * sizeof(int), nullptr, args), y, expected);
 }
 

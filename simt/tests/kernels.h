@@ -1,4 +1,4 @@
-// Kernels of the host run's own tests: right ones, and the same ones with a fault planted.
+// Kernels that test the emulator, each correct or with a fault planted.
 #pragma once
 
 #include <vector>
@@ -7,29 +7,30 @@
 
 enum class Fault {
   None,
-  // Races.
+  // Races between threads, which ThreadSanitizer reports.
   NoFirstBarrier, NoSecondBarrier, NoSyncWarp, ShuffleForSyncWarp, HalfMasks, NoGridSync, PlainTicket, SharedAdd, BlocksAdd,
-  // What a warp operation or a barrier forbids.
+  // Wrong uses of warp operations and barriers, which the scheduler reports.
   DivergentShuffle, DivergentExit, OutsideMask, NotInOwnMask, ExitedLane, MissingLane, OtherOperation, OtherCaller,
   OtherMask, BadWidth, ShuffleAgainstBarrier, MissedBarrier, OtherLine, NotCooperative, Deadlock,
-  // What a sanitizer sees.
-  SharedOverrun, Misaligned, WideShift,
+  // Wrong accesses and shifts, which AddressSanitizer and UndefinedBehaviorSanitizer report.
+  SharedOverrun, Misaligned, ShiftTooLarge,
 };
 
 struct Outcome {
   cudaError_t error;
-  bool right;
-  std::vector<unsigned> bits;  // of the output
+  bool right;                  // whether the output is near what is expected
+  std::vector<unsigned> bits;  // bits of the output
 };
 
-Outcome softmax(Fault);        // a warp a row, by shuffles
-Outcome block_scan(Fault);     // tiles through shared memory, two barriers each
-Outcome warp_reverse(Fault);   // through shared memory, by __syncwarp
-Outcome grid_prefix(Fault);    // a cooperative launch
-Outcome last_block(Fault);     // the last block done sums what all blocks left
+// Launch a kernel with a fault that it can have, or without any.
+Outcome softmax(Fault);        // softmax of rows, one warp to a row, by shuffles
+Outcome block_scan(Fault);     // inclusive sums of tiles through shared memory, with two barriers a tile
+Outcome warp_reverse(Fault);   // exchange of values through shared memory, with __syncwarp
+Outcome grid_prefix(Fault);    // sums over the blocks of a cooperative launch, with a barrier of the grid
+Outcome last_block(Fault);     // sum by the block that finishes last of what all blocks have stored
 Outcome histogram(Fault);      // atomics on shared and global memory
-Outcome memory(Fault);         // 16-byte loads and shifts
-Outcome operations(Fault);     // one of the misuses of warp operations and barriers, or none
-Outcome primitives(Fault);     // every warp operation against its definition
-Outcome many_switches(Fault);  // for timing
-constexpr int kSwitches = 64 * 20000;  // of many_switches
+Outcome memory(Fault);         // 16-byte loads, shared memory and a shift
+Outcome operations(Fault);     // one of the wrong uses of warp operations and barriers
+Outcome primitives(Fault);     // comparison of every warp operation with its definition
+Outcome many_switches(Fault);  // many warp operations, to be timed
+constexpr int kSwitches = 64 * 20000;  // number of operations times threads in many_switches

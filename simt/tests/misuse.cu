@@ -1,5 +1,5 @@
-// What warp operations do, against their definition; and what the scheduler must refuse. The comment "// fault NAME" marks
-// the lines that a report must name.
+// Kernels that compare warp operations with their definitions, and kernels with wrong uses of warp operations and barriers,
+// which the scheduler must report. A comment "// fault NAME" marks a line that the report of that fault must name.
 #include <climits>
 
 #include "kernels.h"
@@ -15,7 +15,7 @@ struct MisuseArgs {
 
 __device__ int any(int v SIMT_CALLER) { return __any_sync(kAll, v SIMT_PASS); }
 
-// What a warp may not do; in most cases half of the lanes do something else.
+// Uses a warp operation wrongly: in most cases half of the lanes do something else than the others.
 __device__ int misuse_warp(Fault fault, unsigned lane, int v) {
   const bool half = lane < 16;
   switch (fault) {
@@ -60,7 +60,7 @@ __global__ void misuse_kernel(MisuseArgs a) {
   a.y[blockIdx.x * blockDim.x + threadIdx.x] = v;
 }
 
-// Threads of one block at its barrier, of another at the grid's.
+// Makes some warps of a block wait at the block's barrier and the others at the grid's.
 __global__ void deadlock_kernel(MisuseArgs) {
   if (threadIdx.x < 32) {
     __syncthreads();  // fault Deadlock
@@ -70,9 +70,10 @@ __global__ void deadlock_kernel(MisuseArgs) {
 }
 
 struct PrimitivesArgs {
-  unsigned* wrong;  // how many threads saw a wrong result
+  unsigned* wrong;  // number of threads that got a wrong result
 };
 
+// Returns the number of wrong results of shuffles.
 __device__ unsigned wrong_shuffles(unsigned lane) {
   unsigned wrong = 0;
   const auto value = [](unsigned from) { return 1000 + 3 * int(from); };
@@ -91,6 +92,7 @@ __device__ unsigned wrong_shuffles(unsigned lane) {
   return wrong;
 }
 
+// Returns the number of wrong results of votes, reductions and matches.
 __device__ unsigned wrong_votes(unsigned lane) {
   unsigned wrong = 0;
   const int v = int(lane) - 5;
@@ -107,7 +109,7 @@ __device__ unsigned wrong_votes(unsigned lane) {
   wrong += __reduce_add_sync(kAll, 1u << 31) != 0;
   wrong += __match_any_sync(kAll, int(lane % 8)) != 0x01010101u << lane % 8;
   wrong += __match_any_sync(kAll, (unsigned long long)(lane % 2) << 40) != 0x55555555u << lane % 2;
-  // The halves go their own ways, with masks of their own.
+  // The two halves of the warp call different operations, each with its own mask.
   if (lane < 16) {
     wrong += __ballot_sync(0xffffu, 1) != 0xffffu;
     wrong += __all_sync(0xffffu, lane < 16) != 1;
@@ -126,7 +128,7 @@ __global__ void primitives_kernel(PrimitivesArgs a) {
   atomicAdd(a.wrong, unsigned(wrong != 0));
 }
 
-// A block whose last warp has few lanes; the mask names them alone.
+// Reduces over a warp that has fewer than 32 lanes, with a mask of those that exist.
 __global__ void short_warp_kernel(PrimitivesArgs a) {
   const unsigned mask = threadIdx.x < 32 ? kAll : 0x3fu;
   const int count = __reduce_add_sync(mask, 1);

@@ -1,5 +1,6 @@
-// The host run's own tests: right kernels run right, and no planted fault goes by unseen. `test_simt` runs all of them,
-// `test_simt NAME...` those whose names begin so. Faults that a sanitizer reports end the process, so each runs in a child.
+// Tests of the emulator: correct kernels give correct results, and every planted fault is reported. `test_simt` runs all tests,
+// `test_simt NAME...` those whose names begin with one of the arguments. A fault that a sanitizer reports ends the process, so
+// each of them runs in a child process.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -17,6 +18,7 @@
 
 namespace {
 
+// What reports a fault, and (kTool) what this program is compiled with.
 enum Tool { kScheduler, kAsan, kTsan };
 #if defined(__SANITIZE_THREAD__)
 constexpr int kTool = kTsan;
@@ -43,11 +45,11 @@ constexpr Kernel kRight[] = {{"softmax", softmax},         {"block_scan", block_
                              {"memory", memory},           {"operations", operations}, {"primitives", primitives}};
 
 struct Planted {
-  const char* name;  // as the source marks it
+  const char* name;  // in the comments that mark lines
   Outcome (*run)(Fault);
   Fault fault;
-  Tool tool;           // what reports it
-  const char* report;  // and says this
+  Tool tool;           // what reports the fault
+  const char* report;  // text that the report contains
 };
 constexpr const char* kRace = "ThreadSanitizer: data race";
 constexpr Planted kPlanted[] = {
@@ -62,7 +64,7 @@ constexpr Planted kPlanted[] = {
     {"BlocksAdd", histogram, Fault::BlocksAdd, kTsan, kRace},
     {"SharedOverrun", memory, Fault::SharedOverrun, kAsan, "AddressSanitizer: heap-buffer-overflow"},
     {"Misaligned", memory, Fault::Misaligned, kAsan, "misaligned address"},
-    {"WideShift", memory, Fault::WideShift, kAsan, "shift exponent 32 is too large"},
+    {"ShiftTooLarge", memory, Fault::ShiftTooLarge, kAsan, "shift exponent 32 is too large"},
     {"DivergentShuffle", operations, Fault::DivergentShuffle, kScheduler, "at different operations"},
     {"DivergentExit", operations, Fault::DivergentExit, kScheduler, "exit"},
     {"OutsideMask", operations, Fault::OutsideMask, kScheduler, "a lane outside its mask"},
@@ -93,6 +95,7 @@ void fail_at(int line, const std::string& what) {
 
 void set(const Schedule& schedule) { simt_set_schedule(schedule.kind, schedule.seed); }
 
+// Tests that a correct kernel gives the right result, with the same bits in every schedule.
 void test_right(const Kernel& kernel) {
   std::vector<unsigned> bits;
   for (const Schedule& schedule : kSchedules) {
@@ -101,12 +104,12 @@ void test_right(const Kernel& kernel) {
     const Outcome outcome = kernel.run(Fault::None);
     CHECK(outcome.error == cudaSuccess, std::string(schedule.name) + ": " + simt_error());
     CHECK(outcome.right, std::string(schedule.name) + ": a wrong result");
-    CHECK(bits.empty() || bits == outcome.bits, std::string(schedule.name) + ": other bits");
+    CHECK(bits.empty() || bits == outcome.bits, std::string(schedule.name) + ": its bits differ from those of another schedule");
     bits = outcome.bits;
   }
 }
 
-// "file:line" of the lines that the source marks with the fault.
+// Returns "file:line" of the lines that the source marks with the fault.
 std::vector<std::string> marked_lines(const std::string& fault) {
   const std::string folder = std::string(__FILE__).substr(0, std::string(__FILE__).rfind("test_simt.cpp"));
   std::vector<std::string> lines;
@@ -123,7 +126,8 @@ std::vector<std::string> marked_lines(const std::string& fault) {
   return lines;
 }
 
-// All marked lines or, where a schedule decides which of them is reached first, one.
+// Checks that a report has the fault's text and names the marked lines: all of them or, where the scheduler reports the fault,
+// one, since the schedule decides which line is reached first.
 void check_report(const Planted& planted, const Schedule& schedule, const std::string& report) {
   const std::string name = std::string(planted.name) + ", " + schedule.name;
   CHECK(report.find(planted.report) != std::string::npos, name + ": reported as\n" + report);
@@ -134,18 +138,19 @@ void check_report(const Planted& planted, const Schedule& schedule, const std::s
   CHECK(named > 0 && named >= wanted, name + ": the wrong lines are named in\n" + report);
 }
 
+// Tests that the scheduler reports a fault in every schedule, and that later launches are not affected.
 void test_misuse(const Planted& planted) {
   for (const Schedule& schedule : kSchedules) {
     set(schedule);
     simt_reset();
     const Outcome outcome = planted.run(planted.fault);
-    CHECK(outcome.error == cudaErrorLaunchFailure, std::string(planted.name) + " went by in " + schedule.name);
+    CHECK(outcome.error == cudaErrorLaunchFailure, std::string(planted.name) + " was not reported in " + schedule.name);
     check_report(planted, schedule, simt_error());
     CHECK(softmax(Fault::None).right && grid_prefix(Fault::None).right, "the launches after a failed one are wrong");
   }
 }
 
-// Runs this program on one planted fault; returns what it wrote to stderr, and whether it ended well.
+// Runs this program on one planted fault; returns what it printed, and sets `well` to whether it ended with exit code 0.
 std::string child(const Planted& planted, const Schedule& schedule, bool* well) {
   const std::string options = "UBSAN_OPTIONS=\"halt_on_error=1:$UBSAN_OPTIONS\" "
                               "TSAN_OPTIONS=\"atexit_sleep_ms=0:$TSAN_OPTIONS\"";
@@ -160,16 +165,17 @@ std::string child(const Planted& planted, const Schedule& schedule, bool* well) 
   return report;
 }
 
+// Tests that the sanitizer reports a fault in every schedule.
 void test_sanitized(const Planted& planted) {
   for (const Schedule& schedule : kSchedules) {
     bool well = false;
     const std::string report = child(planted, schedule, &well);
-    CHECK(!well, std::string(planted.name) + " went by in " + schedule.name);
+    CHECK(!well, std::string(planted.name) + " was not reported in " + schedule.name);
     check_report(planted, schedule, report);
   }
 }
 
-// Without ThreadSanitizer, a missing barrier shows in some schedule as a wrong result.
+// Returns whether the fault, a missing barrier, gives a wrong result in some schedule, so that it shows without ThreadSanitizer.
 bool shows(Fault fault) {
   return fault == Fault::NoFirstBarrier || fault == Fault::NoSecondBarrier || fault == Fault::NoSyncWarp ||
          fault == Fault::NoGridSync;
@@ -184,6 +190,7 @@ void test_wrong_result(const Planted& planted) {
   CHECK(wrong, std::string(planted.name) + " gives the right result in every schedule");
 }
 
+// Tests that launches beyond the limits of the device are refused.
 void test_refused() {
   const auto launch = [](uint64_t grid, uint64_t block, size_t shared, bool cooperative) {
     struct Args {};
@@ -209,7 +216,7 @@ void test_refused() {
   CHECK(simt_launches() == 9, "the number of launches");
 }
 
-// Launches from several threads at once take turns.
+// Tests launches from several OS threads at once, which run one after another.
 void test_threads() {
   std::vector<std::thread> threads;
   std::atomic<int> right{0};
@@ -229,6 +236,7 @@ void time_switches() {
   }
 }
 
+// Runs a test if `wanted`, of `count` elements, is empty or has a prefix of its name.
 void run(const std::string& name, int count, char** wanted, const std::function<void()>& test) {
   bool chosen = count == 0;
   for (int i = 0; i < count; ++i) chosen = chosen || name.rfind(wanted[i], 0) == 0;
@@ -239,6 +247,7 @@ void run(const std::string& name, int count, char** wanted, const std::function<
   std::fflush(stdout);
 }
 
+// Runs a fault in a schedule: what the child process does.
 int plant(const std::string& fault, const std::string& name) {
   for (const Schedule& schedule : kSchedules) {
     if (name == schedule.name) set(schedule);

@@ -1,4 +1,5 @@
-// Tests of simt_types.h: conversions and bits against their definitions. Each returns what is wrong, or "".
+// Tests of simt_types.h: conversions and bit operations are compared with their definitions. Each test returns what is wrong,
+// or "" if nothing is.
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 
 #include "simt_types.h"
 
-// A 16-bit float by its definition.
+// A 16-bit floating-point format, whose values are computed from its definition.
 struct Format {
   int exponent_bits, fraction_bits;
 
@@ -22,7 +23,7 @@ struct Format {
   }
 };
 
-// All bits through float and back, and the floats around every halfway point.
+// Tests the conversion of every value to float and back, and of the floats at and beside every halfway point.
 template <class To, class From>
 std::string wrong_conversion(const Format& format, const To& to_float, const From& from_float) {
   const auto at = [](const char* what, unsigned bits) { return what + std::to_string(bits); };
@@ -37,7 +38,7 @@ std::string wrong_conversion(const Format& format, const To& to_float, const Fro
     if (infinite ? !std::isinf(v) : double(v) != format.value(bits)) return at("to float: ", bits);
     if (std::signbit(v) != (bits >> 15 != 0) || from_float(v) != bits) return at("there and back: ", bits);
     if (infinite) continue;
-    // The middle to the next number, which for the largest is where the next power of two would be.
+    // Halfway to the next value; after the largest value, that is the next power of two.
     const float middle = float((format.value(bits) + format.value(bits + 1)) / 2);
     const unsigned even = bits + (bits & 1);
     if (from_float(middle) != even) return at("halfway above: ", bits);
