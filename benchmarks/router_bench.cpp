@@ -1,15 +1,15 @@
-// Every kernel, forward and backward, on the CPU and, where CUDA was built and a card is there, on the GPU.
+// Times every kernel, forward and backward, on the CPU and, if CUDA was built and there is a GPU, on the GPU.
 //
 //   router_bench [--shapes=b,n,d,e,k;...] [--dtypes=float32,...] [--threads=N] [--check_only] and Google Benchmark's own
 //   flags (--help), such as --benchmark_filter=gate/cpu --benchmark_format=json
 //
-// Each kernel's results are first compared with plain loops: on a small shape with as many experts and ranks, with inputs that
-// would show a mistake, and on the inputs that are timed. `bytes` counts the tensors that the kernel must read and write; of a
-// tensor that it gathers from, the rows that it needs. `floor_us` is the time of the fastest copy that reads and writes as many
-// bytes on the same threads; a copy that fits a cache is as fast as the cache. `of_bandwidth` is that time as a share of the
-// kernel's. A kernel that mostly reads, or mostly writes, can exceed 1.
+// Each kernel's results are first compared with plain loops: on a small shape with as many experts and ranks, also with inputs
+// that are likely to reveal errors, and on the inputs that are timed. `bytes` counts the tensors that the kernel must read and
+// write; of a tensor that it gathers from, only the rows that it needs. `floor_us` is the time of the fastest copy that reads
+// and writes as many bytes on the same threads; a copy that fits into a cache runs at the cache's speed. `of_bandwidth` is that
+// time divided by the kernel's. A kernel that mostly reads, or mostly writes, can exceed 1.
 //
-// Set OMP_WAIT_POLICY=passive: threads that spin at a barrier keep a small machine's cores from other work.
+// Set OMP_WAIT_POLICY=passive: on a machine with few cores, threads that spin at a barrier slow the others down.
 #include <benchmark/benchmark.h>
 #include <omp.h>
 #include <unistd.h>
@@ -37,7 +37,7 @@ using harness::Type;
 struct Shape {
   int64_t groups, tokens, dim, experts, top_n;
 
-  // docs/spec.md, step 1, with the module's defaults.
+  // Returns the slots of an expert for a group, with the module's defaults (docs/spec.md, step 1).
   int64_t capacity() const {
     constexpr double factor = 1.25;
     constexpr int64_t least = 4;
@@ -69,15 +69,15 @@ struct BadOption : std::runtime_error {
 };
 
 std::vector<std::string> split(const std::string& text, char separator) {
-  std::vector<std::string> parts;
+  std::vector<std::string> fields;
   for (size_t begin = 0, end; begin <= text.size(); begin = end + 1) {
     end = std::min(text.find(separator, begin), text.size());
-    parts.push_back(text.substr(begin, end - begin));
+    fields.push_back(text.substr(begin, end - begin));
   }
-  return parts;
+  return fields;
 }
 
-// Returns the count that a text holds, or 0 where it is none from 1 to `most`.
+// Returns the number that a text holds, or 0 if it is not an integer from 1 to `most`.
 int64_t count_from(const std::string& text, int64_t most) {
   const bool digits = !text.empty() && text.size() <= 10 && text.find_first_not_of("0123456789") == std::string::npos;
   const int64_t value = digits ? std::stoll(text) : 0;
@@ -101,7 +101,7 @@ NamedType type_from(const std::string& text) {
   throw BadOption("--dtypes must be some of float32,bfloat16,float16,float64, got '" + text + "'");
 }
 
-// Reads the options that Google Benchmark has left.
+// Parses the options that Google Benchmark has not removed.
 Options options_from(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
@@ -171,44 +171,44 @@ struct Benchmark {
   }
 };
 
-// Throws where the plain loops' results would exceed the machine's memory: a system that overcommits would end the process.
+// Throws if the plain loops' results would exceed the machine's memory: a system that overcommits would kill the process.
 void require_memory(int64_t bytes) {
   const int64_t all = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
   if (bytes <= all) return;
   throw std::runtime_error("needs " + std::to_string(bytes >> 30) + " GiB of memory: --benchmark_filter=-dense leaves it out");
 }
 
-// A call with its tensors on a device.
+// A call whose tensors are on a device.
 struct Prepared {
   Device& device;
   Call call;
   Tensors tensors;
 
-  // Runs the call once and throws where a result is wrong.
+  // Runs the call once and throws if a result is wrong.
   Prepared(const Benchmark& b, const Case& c) : device(b.device) {
     b.kernel.set_up(call, c);
     require_memory(call.reference_bytes() + call.bytes());
-    constexpr int kPattern = 0x55;  // no result has these bits
+    constexpr int kPattern = 0x55;  // byte whose repetition no result equals
     const Tensors expected = call.run_reference();
     tensors = call.attach([&](const Buffer& buffer) { return device.memory_of(buffer); },
                           [&] { return device.workspace_bytes(call); }, true, kPattern);
     device.run(call);
     device.wait();
-    for (size_t i = 0; i < tensors.outputs.size(); ++i) device.read_back(tensors.of_outputs[i], tensors.outputs[i]);
+    for (size_t i = 0; i < tensors.outputs.size(); ++i) device.read_back(tensors.output_memory[i], tensors.outputs[i]);
     const std::string wrong = call.difference(tensors.outputs, expected.outputs, Expected::Reference);
     if (!wrong.empty()) throw std::runtime_error("on " + std::to_string(c.tokens) + " tokens: " + wrong);
   }
 };
 
-// Checks benchmarks, and keeps the last one's call ready, since Google Benchmark enters a function several times.
+// Checks benchmarks, and keeps the last one's call, since Google Benchmark calls a benchmark's function several times.
 class Checker {
  public:
-  // Returns the call that is to be timed, or null where a result is wrong.
+  // Returns the call that is to be timed, or null if a result is wrong.
   Prepared* prepare(const Benchmark& b) {
     if (name_ == b.name()) return prepared_.get();
     name_.clear();
     ++checked_;
-    const Shape small{2, 501, 37, b.shape.experts, b.shape.top_n};  // no whole tiles, no whole vectors
+    const Shape small{2, 501, 37, b.shape.experts, b.shape.top_n};  // not multiples of a tile or a vector
     try {
       for (const Case& c : {b.on(small, Inputs::Timed), b.on(small, Inputs::Hard), b.on(b.shape, Inputs::Timed)}) {
         prepared_.reset();
@@ -226,7 +226,7 @@ class Checker {
 
   int checked() const { return checked_; }
   int failures() const { return failures_; }
-  const std::string& failure() const { return failure_; }  // the last
+  const std::string& failure() const { return failure_; }  // returns the last failure
 
  private:
   std::string name_, failure_;

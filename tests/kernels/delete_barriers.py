@@ -1,7 +1,8 @@
-"""Every barrier of the CUDA kernels is needed, and the tests would miss it: each is left out in turn, and
-`kernels_test --quick` has to fail, by a wrong result in some schedule or by a race that ThreadSanitizer sees.
+"""Checks that the tests notice if any barrier of the CUDA kernels is missing.
 
-The kernels are compiled once, with each barrier under a condition on a number that is read when the program starts.
+Each barrier is left out in turn, and ``kernels_test --quick`` must fail, by a wrong result in some schedule or by a race that
+ThreadSanitizer reports. The kernels are compiled once, with a condition around each barrier that leaves it out if its number is
+that of the environment variable DELETED_BARRIER.
 """
 
 import os
@@ -21,7 +22,7 @@ TESTS = [ROOT / "tests/kernels/kernels_test.cpp", *sorted((ROOT / "tests/kernels
 CPU = ["level", "level_avx2", "level_avx512", "level_baseline", "workspace"]
 TOOLS = {"plain": [], "tsan": ["-fsanitize=thread"]}
 PROCESSES = 2
-SECONDS = 120  # that a run may take
+SECONDS = 120  # after which a run counts as failed
 
 DELETED_H = "extern const int deleted_barrier;\n"
 DELETED_CPP = """#include <cstdlib>
@@ -31,7 +32,7 @@ const int deleted_barrier = std::getenv("DELETED_BARRIER") ? std::atoi(std::gete
 
 
 def number_barriers(folder):
-    """Puts the kernels' sources into the folder; returns a name for each barrier's number."""
+    """Copies the sources into the folder with a condition around each barrier; returns the barriers' names by number."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "deleted.h").write_text(DELETED_H)
     (folder / "deleted.cpp").write_text(DELETED_CPP)
@@ -53,7 +54,7 @@ def number_barriers(folder):
 
 
 def compile_all(folder):
-    """Compiles both programs."""
+    """Compiles the test program without and with ThreadSanitizer."""
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-w"]
     includes = [f"-I{folder}/csrc", f"-I{ROOT}/simt"]
     host = ["-DTOPN_SIMT_HOST", *includes, "-include", str(folder / "deleted.h")]
@@ -66,7 +67,7 @@ def compile_all(folder):
         for tool in tools:
             objects[tool].append(str(target))
 
-    # What takes longest comes first.
+    # The files that take longest to compile come first.
     sources = sorted((folder / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
     for tool, flags in reversed(TOOLS.items()):
         for source in sources:
@@ -90,7 +91,7 @@ def compile_all(folder):
 
 
 def complaint(folder, tool, barrier):
-    """What the program says with the barrier deleted, in a line; None if nothing is wrong."""
+    """Returns a line of what the program reports with the barrier left out; None if it ends without an error."""
     environment = {**os.environ, "DELETED_BARRIER": str(barrier), "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0"}
     try:
         done = subprocess.run(
@@ -109,7 +110,7 @@ def complaint(folder, tool, barrier):
 
 
 def judge(folder, barrier):
-    """Which tool catches the deletion, and what it says."""
+    """Returns the tool that notices that the barrier is missing, and its report; None if no tool does."""
     for tool in TOOLS:
         said = complaint(folder, tool, barrier)
         if said is not None:

@@ -1,6 +1,7 @@
-// The CUDA kernels on the host against the CPU's, in several schedules, and the CPU's against plain loops. `kernels_test` runs all
-// cases, `kernels_test PATTERN` those whose name contains the pattern, `--quick` those that together reach every barrier of every
-// kernel, `--cpu` only the comparison with plain loops, at the CPU's best level; -v names each case as it starts.
+// Compares the CUDA kernels, run on the host in several schedules, with the CPU kernels, and these with plain loops.
+// `kernels_test` runs all cases, `kernels_test PATTERN` those whose names contain the pattern, `--quick` a few that together
+// reach every barrier of every kernel, and `--cpu` only the comparison of the CPU kernels with plain loops, at the best level
+// that the CPU supports. -v prints the name of each case before it runs.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -19,13 +20,13 @@ namespace {
 constexpr DType kDTypes[] = {DType::F32, DType::F64, DType::BF16, DType::F16};
 constexpr const char* kPolicies[] = {"random", "threshold", "all", "none"};
 
-// Runs a loop in three parts on threads of their own, however short it is, so that ThreadSanitizer sees the CPU kernels too.
+// Splits a loop among three threads, however short it is, so that ThreadSanitizer checks the CPU kernels too.
 void on_threads(int64_t begin, int64_t end, int64_t /*grain*/, cpu::Body body, void* context) {
-  constexpr int64_t parts = 3;
-  const auto cut = [&](int64_t part) { return begin + (end - begin) * part / parts; };
+  constexpr int64_t threads = 3;
+  const auto cut = [&](int64_t thread) { return begin + (end - begin) * thread / threads; };
   std::vector<std::thread> others;
-  for (int64_t part = 1; part < parts; ++part) {
-    if (cut(part) < cut(part + 1)) others.emplace_back(body, cut(part), cut(part + 1), context);
+  for (int64_t thread = 1; thread < threads; ++thread) {
+    if (cut(thread) < cut(thread + 1)) others.emplace_back(body, cut(thread), cut(thread + 1), context);
   }
   if (cut(0) < cut(1)) body(cut(0), cut(1), context);
   for (std::thread& other : others) other.join();
@@ -35,7 +36,9 @@ struct Schedule {
   const char* name;
   int kind;
   uint64_t seed;
-  int fill;  // byte that outputs and workspace start as: what is not written differs, and is NaN or -1 in the first schedule
+  // Byte with which outputs and workspace are filled. An element that is not written is NaN or -1 in the first schedule, and
+  // differs between the schedules.
+  int fill;
 };
 constexpr Schedule kSchedules[] = {{"fifo", SIMT_FIFO, 0, 0xff},
                                    {"lifo", SIMT_LIFO, 0, 0x55},
@@ -50,12 +53,12 @@ std::string name_of(const Case& c) {
   size(" d", c.dim), size(" mp", c.multiprocessors), text += std::string(" ") + kPolicies[int(c.policy)];
   flag(" soft", c.soft), flag(" noise", c.noise), flag(" mask", c.mask), flag(" no_losses", !c.losses);
   flag(" unaligned", !c.aligned), flag(" ties", c.logits == Logits::Ties), flag(" special", c.logits == Logits::Special);
-  flag(" clamped", c.eps > 0.1), flag(" made_up", c.made_up), flag(" no_weight", !c.wants_weight);
+  flag(" clamped", c.eps > 0.1), flag(" perturbed", c.perturbed), flag(" no_weight", !c.wants_weight);
   size(" gradients ", c.gradients), size(" layouts ", int(c.grad_dispatch)), size("", int(c.grad_combine));
   return text;
 }
 
-// What runs, and what failed.
+// Selects cases by the command line, runs them, and counts those that fail.
 class Suite {
  public:
   Suite(int argc, char** argv) {
@@ -73,14 +76,14 @@ class Suite {
     }
   }
 
-  // Whether the case runs.
+  // Starts a case; returns whether it is selected.
   bool begin(const std::string& name, bool quick) {
     if ((quick_ && !quick) || name.find(pattern_) == std::string::npos) return false;
     name_ = name;
     failed_ = false;
     ++cases_;
     if (verbose_) std::printf("%s\n", name.c_str());
-    std::fflush(stdout);  // a sanitizer may end the process
+    std::fflush(stdout);  // before a sanitizer may end the process
     return true;
   }
 
@@ -92,7 +95,7 @@ class Suite {
     std::printf("FAILED %s: %s: %s\n", name_.c_str(), where.c_str(), what.c_str());
   }
 
-  // Runs a kernel on every backend and in every schedule.
+  // Runs a kernel on the CPU and, as CUDA in every schedule, on the host, and compares the results.
   void run(const char* kernel, const Case& c, bool quick = false) {
     if (!begin(std::string(kernel) + " " + name_of(c), quick)) return;
     simt_set_multiprocessors(c.multiprocessors);
@@ -140,6 +143,7 @@ class Suite {
     }
   }
 
+  // Return the most launches that a call of the kernel may need.
   static int64_t most_launches(const Gate& a) { return a.losses ? 2 : 1; }
   static int64_t most_launches(const GateBackward&) { return 2; }
   template <class Args>
@@ -150,7 +154,7 @@ class Suite {
   std::string pattern_, name_;
   bool quick_ = false, cpu_alone_ = false, verbose_ = false;
   int cases_ = 0, failures_ = 0;
-  bool failed_ = false;  // the case
+  bool failed_ = false;  // whether the case that runs has failed
 };
 
 void run_gates(Suite& suite, Case c, bool quick = false) {
@@ -161,7 +165,7 @@ void run_gates(Suite& suite, Case c, bool quick = false) {
 
 constexpr int64_t kExperts[] = {1, 2, 3, 7, 8, 16, 17, 33, 64, 100, 128, 200, 256, 300, 512, 600};
 
-// Every layout of a row, hard and soft; then with all else at random.
+// Runs gate for every row layout, with the hard and the soft top-n, then with all other options at random.
 void gate_layouts(Suite& suite) {
   Random random(1);
   for (const DType dtype : kDTypes) {
@@ -191,7 +195,7 @@ void gate_layouts(Suite& suite) {
           suite.run("gate", c);
           c.losses = true;
           c.gradients = unsigned(random.below(16));
-          c.made_up = random.chance(0.2);
+          c.perturbed = random.chance(0.2);
           suite.run("gate_backward", c);
         }
       }
@@ -199,7 +203,7 @@ void gate_layouts(Suite& suite) {
   }
 }
 
-// Tiles, groups and blocks: many of each, few, and none.
+// Runs gate with many, few and no groups, tokens and tiles.
 void gate_sizes(Suite& suite) {
   for (const DType dtype : kDTypes) {
     for (const bool mask : {false, true}) {
@@ -226,27 +230,27 @@ void quick_gates(Suite& suite) {
   c.mask = c.noise = true;
   c.multiprocessors = 1;
   run_gates(suite, c, true);
-  c = {DType::BF16, 1, 300, 8, 2};  // many rows to a warp
+  c = {DType::BF16, 1, 300, 8, 2};  // several rows to a warp
   c.multiprocessors = 1;
   suite.run("gate", c, true);
   c = {DType::F64, 2, 40, 70, 3};
   suite.run("gate", c, true);
   c.soft = c.mask = true;
   suite.run("gate_backward", c, true);
-  c = {DType::F32, 3, 60, 64, 17};  // rows in memory
+  c = {DType::F32, 3, 60, 64, 17};  // so many ranks that rows are kept in memory, not in registers
   c.multiprocessors = 1;
   run_gates(suite, c, true);
-  c.groups = 70, c.tokens = 2;  // and several tiles to a block
+  c.groups = 70, c.tokens = 2;  // several tiles to a block
   c.mask = true;
   run_gates(suite, c, true);
 }
 
 Case assign_case(int64_t groups, int64_t tokens, int64_t experts, int64_t top_n, int64_t capacity, int multiprocessors = 3,
-                 bool mask = false, bool made_up = false) {
+                 bool mask = false, bool perturbed = false) {
   Case c{DType::F32, groups, tokens, experts, top_n, capacity};
   c.multiprocessors = multiprocessors;
   c.mask = mask;
-  c.made_up = made_up;
+  c.perturbed = perturbed;
   c.aligned = false;
   return c;
 }
@@ -264,8 +268,8 @@ void assign_cases(Suite& suite) {
       assign_case(1, 400, 7, 2, 1, 8, true),  // several tiles of a group
       assign_case(1, 400, 64, 8, 200, 8, false, true),
       assign_case(2, 300, 33, 5, 40, 8, true),
-      assign_case(1, 1500, 4, 2, 700, 3),         // several rounds of a run
-      assign_case(1, 130, 600, 40, 5, 3, true),   // fewer warps, for the counters
+      assign_case(1, 1500, 4, 2, 700, 3),         // more tokens than a tile handles in one round
+      assign_case(1, 130, 600, 40, 5, 3, true),   // counters that leave shared memory for fewer warps
       assign_case(20, 40, 8, 2, 12, 3, true),     // more groups than processors
       assign_case(70, 1, 3, 3, 2),
       assign_case(1, 40, 100, 33, 3, 8),
@@ -312,19 +316,20 @@ void row_cases(Suite& suite, Case c) {
   suite.run("dispatch_backward", c);
 }
 
-// What reads slots: dense, dispatch and combine, and their gradients.
+// Runs the kernels that read slots: dense, dispatch and combine, and their gradients.
 void slot_cases(Suite& suite) {
   constexpr RoutingSizes kSizes[] = {{1, 1, 1, 1},   {2, 9, 3, 2},    {1, 40, 5, 3},  {3, 17, 8, 2}, {1, 6, 64, 33},
                                      {1, 5, 50, 40}, {2, 12, 16, 16}, {1, 7, 600, 5}, {2, 0, 4, 2},  {0, 3, 4, 2}};
   constexpr int64_t kCapacities[] = {1, 1, 30, 5, 2, 3, 4, 1, 2, 2};
-  // Many rows to a multiprocessor, of which a warp handles several at once.
+  // So many rows to a multiprocessor that each warp handles several at once.
   constexpr RoutingSizes kManyRows[] = {{2, 300, 16, 2}, {1, 300, 12, 12}, {1, 70, 64, 32}, {1, 40, 50, 40}};
   constexpr int64_t kManyCapacities[] = {50, 40, 8, 30};
   Random random(11);
-  const auto slot_case = [&](DType dtype, const RoutingSizes& s, int64_t capacity, int64_t dim, double aligned, double made_up) {
+  const auto slot_case = [&](DType dtype, const RoutingSizes& s, int64_t capacity, int64_t dim, double aligned,
+                             double perturbed) {
     Case c{dtype, s.groups, s.tokens, s.experts, s.top_n, capacity, dim};
     c.aligned = random.chance(aligned);
-    c.made_up = random.chance(made_up);
+    c.perturbed = random.chance(perturbed);
     return c;
   };
   for (const DType dtype : kDTypes) {
@@ -342,10 +347,10 @@ void slot_cases(Suite& suite) {
       }
     }
   }
-  dense_cases(suite, {DType::F32, 1, 300, 25, 2, 600});  // past the second-level cache
+  dense_cases(suite, {DType::F32, 1, 300, 25, 2, 600});  // larger than the L2 cache
 }
 
-// The CPU's matrix products against plain loops.
+// Runs the CPU's matrix products.
 void linear_cases(Suite& suite) {
   for (const DType dtype : kDTypes) {
     for (const int64_t experts : {1, 5, 64}) {
@@ -356,7 +361,8 @@ void linear_cases(Suite& suite) {
   }
 }
 
-// Quotients that are whole, and those of one more and one less, of every size.
+// Compares cuda::quotient with integer division, for numerators of every size that are multiples of the divisor, one less, and
+// others.
 void quotient_cases(Suite& suite) {
   if (!suite.begin("dispatch quotient", false)) return;
   Random random(11);
@@ -374,7 +380,8 @@ void quotient_cases(Suite& suite) {
 int main(int argc, char** argv) {
   using namespace topn_gating::harness;
   Suite suite(argc, argv);
-  // Contracted as little as the host run of the CUDA kernels, so that the two differ in the order of sums alone.
+  // The baseline level fuses as few multiplications and additions as the CUDA kernels on the host, so that the two differ only in
+  // the order of sums.
   if (!suite.cpu_alone()) setenv("TOPN_GATING_CPU_LEVEL", "baseline", 1);
   quick_gates(suite);
   gate_sizes(suite);

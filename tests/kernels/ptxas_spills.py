@@ -1,6 +1,6 @@
-"""Reads the log of a build with ``NVCC_APPEND_FLAGS="-Xptxas -v"`` and fails where registers are spilled to memory.
+"""Reads the log of a build with ``NVCC_APPEND_FLAGS="-Xptxas -v"`` and fails if a kernel spills registers to memory.
 
-A spilled register costs a round trip to the cache at every use, and nothing but this report shows it.
+A spilled register is stored to and loaded from the cache at each use, and only this report shows it.
 """
 
 import re
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# What may spill: a pattern of the function's name as this script writes it, and why.
+# Functions that may spill: a pattern of the name as this script prints it, and the reason.
 ALLOWED: dict[str, str] = {}
 
 REPORT = re.compile(
@@ -20,7 +20,7 @@ REPORT = re.compile(
 
 
 class Function(NamedTuple):
-    """What ptxas says of a function on one architecture; stack and spills in bytes, registers of kernels alone."""
+    """What ptxas reports of a function on one architecture: stack and spills in bytes, and registers (0 if no kernel)."""
 
     name: str
     architecture: str
@@ -31,7 +31,7 @@ class Function(NamedTuple):
 
 
 def functions(log: str) -> list[Function]:
-    """The kernels of a log, each followed by the functions that it calls."""
+    """Returns the kernels of a log, each followed by the functions that it calls."""
     found, architecture = [], ""
     for match in REPORT.finditer(log):
         architecture = match["architecture"] or architecture
@@ -43,7 +43,7 @@ def functions(log: str) -> list[Function]:
 
 
 def problems(found: list[Function], allowed: dict[str, str]) -> list[str]:
-    """What must not be, a line each."""
+    """Returns a line for each function that spills and may not, and for each allowance that is not needed."""
     spilling = [f for f in found if f.stores or f.loads]
     lines = [
         f"{f.name} on {f.architecture} spills: {f.stores} bytes stored, {f.loads} loaded"

@@ -1,4 +1,4 @@
-// The CUDA kernels, run on the host, as one more backend of the operators: torch.ops.topn_gating_simt on CPU tensors.
+// Operators torch.ops.topn_gating_simt, which run the CUDA kernels on CPU tensors, on the host.
 #include <exception>
 #include <string>
 
@@ -12,7 +12,7 @@ class Simt : public Launchers {
  public:
   explicit Simt(const Tensor&) : Launchers(nullptr) {}
 
-  // A launch that failed says where its threads were.
+  // Runs a kernel; the error of a launch that failed includes where its threads were.
   template <class Args>
   void run(const Args& a) const {
     simt_reset();

@@ -1,6 +1,6 @@
-"""What only a GPU shows: graphs, streams, devices, no waiting, the same bits every time and those of the other backends.
+"""Tests that need a GPU: CUDA graphs, streams, devices, no synchronisation, reproducible bits, equality with other backends.
 
-The operators' values and gradients on a GPU are tested with the other backends, in the files named after them.
+The operators' values and gradients on a GPU are tested together with the other backends, in tests/ops.
 """
 
 import pytest
@@ -23,7 +23,7 @@ HALF_OR_NOT = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 
 def inputs(seed=0, dtype=torch.float32, device="cuda"):
-    """Logits, draws, thresholds, token rows and the gradient of the result, the same numbers on every device."""
+    """Returns logits, draws, thresholds, token rows and the gradient of the result, the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -40,7 +40,7 @@ def inputs(seed=0, dtype=torch.float32, device="cuda"):
 
 
 def all_operators(logits, draws, threshold, x, grad_out, policy="random", run=None):
-    """The ten operators in the order of a training step; all that they give. ``run(name, *args)`` runs one."""
+    """Runs the ten operators in the order of a training step, each by ``run(name, *args)``; returns all their results."""
     run = run or (lambda name, *args: getattr(torch.ops.topn_gating, name)(*args))
     weight, expert, importance, top_count, balance_loss, z_loss = run("gate", logits, None, None, TOP_N, EPS, 1.0, False, True)
     assigned = run("assign", weight, expert, draws, threshold, None, EXPERTS, CAPACITY, ops.POLICIES.index(policy), EPS)
@@ -65,14 +65,14 @@ def module(dtype=torch.float32, **options):
 
 
 def compact(gate, x):
-    """route, dispatch, an expert and combine."""
+    """Returns the outputs of route, dispatch, a simple expert and combine, and the routing."""
     routing = gate.route(x)
     out = topn_gating.combine(torch.tanh(topn_gating.dispatch(x, routing)), routing)
     return [out, routing.balance_loss, routing.router_z_loss], routing
 
 
 def step(function, gate, x, grads):
-    """The differentiable outputs and the gradients of x and of the gate's weight."""
+    """Returns the differentiable outputs and the gradients of x and of the gate's weight."""
     outputs = function(gate, x)
     return *outputs, *torch.autograd.grad(outputs, (x, gate.to_gates.weight), grads)
 
@@ -97,7 +97,7 @@ def test_replayed_graph_equals_eager(policy, dtype):
     static = inputs(0, dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # loads the kernels, which a capture would forbid
+    with torch.cuda.stream(stream):  # loads the kernels, which is not allowed during a capture
         all_operators(*static, policy)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -112,7 +112,7 @@ def test_replayed_graph_equals_eager(policy, dtype):
 
 @pytest.fixture
 def no_waiting():
-    """From ``no_waiting()`` on, whatever waits for the device raises."""
+    """Makes every synchronisation with the device after ``no_waiting()`` raise."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
@@ -123,7 +123,7 @@ def test_module_waits_for_nothing(function, policy, no_waiting):
     gate = module(policy_train=policy, balance_on="kept")
     x = torch.randn(GROUPS, TOKENS, DIM, device="cuda", requires_grad=True)
     grads = [torch.randn_like(t) for t in function(gate, x)]
-    step(function, gate, x, grads)  # cuBLAS and the allocator set themselves up
+    step(function, gate, x, grads)  # initialises cuBLAS and the allocator
     no_waiting()
     step(function, gate, x, grads)
 
@@ -187,7 +187,7 @@ def bits(t):
 @HALF_OR_NOT
 @GIVEN
 def test_other_backends_give_the_same(backend, policy, dtype):
-    """Each operator on the same input: integers to the bit; floats, summed in another order, to a few roundings."""
+    """Compares each operator on equal inputs: integers must be equal, floats within a few roundings (sums differ in order)."""
 
     def run(name, *args):
         actual, expected = CUDA(name, *args), backend(name, *args)
@@ -224,7 +224,7 @@ def test_dense_outputs_beyond_31_bits():
     assert place.max() > 2**31
     assert (dispatch.view(-1)[place] == 1).all()
     assert_same_bits(combine.view(-1)[place], weight[held].bfloat16())
-    for t in (dispatch, combine):  # and nothing else
+    for t in (dispatch, combine):  # all other elements are 0
         assert sum(part.count_nonzero() for part in t.split(4096)) == (t.view(-1)[place] != 0).sum()
     grad = torch.ops.topn_gating.dense_backward(dispatch, combine, expert, slot, source)
     assert_same_bits(grad, torch.where(held, weight.bfloat16().float() + 1, 0))

@@ -9,7 +9,7 @@
 namespace topn_gating::harness {
 namespace {
 
-// A floating-point type of 16 bits: a sign, an exponent, and `mantissa` bits.
+// A 16-bit floating-point format: a sign bit, the exponent, and `mantissa` bits of the mantissa.
 struct Format {
   int mantissa;
   constexpr int bias() const { return (1 << (14 - mantissa)) - 1; }
@@ -26,13 +26,13 @@ double decode(uint16_t bits, Format format) {
   return sign * std::ldexp(leading + mantissa, std::max(exponent, 1) - format.bias() - format.mantissa);
 }
 
-// Rounds to nearest, ties to even.
+// Returns the bits of a value rounded to nearest, ties to even.
 uint16_t encode(double value, Format format) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   if (std::isnan(value)) return 0x7fff;
   if (std::isinf(value)) return sign | format.infinity();
   const int least = 1 - format.bias(), exponent = value == 0 ? least : std::max(std::ilogb(value), least);
-  // The leading bit, and a carry of the rounding, add to the exponent.
+  // Adding the mantissa lets its leading bit, and a carry of the rounding, increase the exponent.
   const double mantissa = std::nearbyint(std::ldexp(std::abs(value), format.mantissa - exponent));
   const double bits = std::ldexp(exponent - least, format.mantissa) + mantissa;
   return sign | uint16_t(std::min<double>(bits, format.infinity()));
@@ -90,7 +90,7 @@ double Random::normal() {
 }
 
 Buffer::Buffer(Type type, int64_t count, bool aligned, int fill) : type_(type), count_(count) {
-  constexpr size_t alignment = 64;  // torch's
+  constexpr size_t alignment = 64;  // bytes, as torch aligns tensors
   const size_t offset = aligned ? 0 : size_t(bytes_of(type)), size = size_t(bytes());
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, offset + size) != 0) throw std::bad_alloc();

@@ -1,4 +1,4 @@
-// Tensors in host memory, of every type that the kernels use, read and written as double; and random numbers.
+// Tensors in host memory whose elements, of any type that the kernels use, are read and written as double; and random numbers.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,15 @@ namespace topn_gating::harness {
 
 enum class Type { Bool, I32, F32, F64, BF16, F16 };
 Type type_of(DType);
-Type compute_type_of(DType);  // see router.h
+// Returns the type in which kernels compute: F64 for F64, F32 for others (router.h).
+Type compute_type_of(DType);
+// Returns the size of an element in bytes.
 int64_t bytes_of(Type);
 
-// The distance from a number of a floating-point type to the next, whose magnitude is larger; 0 for integers.
+// Returns the distance from a floating-point number to the next one of larger magnitude; 0 for integers.
 double ulp(Type, double value);
 
-// A tensor that is only read; where it is null, its elements are 0.
+// A read-only tensor. All elements are 0 if `data` is null.
 struct View {
   Type type;
   const void* data;
@@ -31,20 +33,21 @@ class Random {
   uint64_t bits();
   int64_t below(int64_t bound) { return int64_t(bits() >> 11) % bound; }
   bool chance(double p) { return uniform() < p; }
-  double uniform();  // in [0, 1), exact in float
-  double normal();   // approximately
+  double uniform();  // uniform in [0, 1), exact in float
+  double normal();   // standard normal, approximately
 
  private:
   uint64_t state_;
 };
 
-// Owns exactly `count` elements, so that AddressSanitizer sees an overrun by one. Every byte starts as `fill`. An unaligned
-// buffer is aligned to its elements and no more.
+// A tensor that owns exactly `count` elements, so that AddressSanitizer reports an access one element past the end. Every byte
+// is initially `fill`. An unaligned buffer is aligned only to the size of an element.
 class Buffer {
  public:
   Buffer() : Buffer(Type::Bool, 0) {}
   Buffer(Type type, int64_t count, bool aligned = true, int fill = 0xff);
-  template <class F>  // elements f(i)
+  // Returns a buffer whose elements are f(i).
+  template <class F>
   static Buffer of(Type type, int64_t count, bool aligned, const F& f) {
     Buffer buffer(type, count, aligned);
     for (int64_t i = 0; i < count; ++i) buffer.set(i, f(i));
@@ -59,8 +62,8 @@ class Buffer {
   int64_t bytes() const { return count_ * bytes_of(type_); }
   double get(int64_t i) const { return View{type_, data_}[i]; }
   void set(int64_t i, double value);
-  bool all_ones(int64_t i) const;                       // whether all bits of element i are 1
-  int64_t first_difference(const Buffer& other) const;  // first element whose bits differ; -1: none
+  bool all_ones(int64_t i) const;                       // returns whether all bits of element i are 1
+  int64_t first_difference(const Buffer& other) const;  // returns the first element whose bits differ, or -1
 
  private:
   struct Free {

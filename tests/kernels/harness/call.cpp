@@ -10,11 +10,13 @@
 namespace topn_gating::harness {
 namespace {
 
+// Sets the pointer at the address `field` to the memory.
 void point(void* field, const Memory& memory) {
   void* const data = memory.get();
   std::memcpy(field, &data, sizeof data);
 }
 
+// Returns the largest magnitude of the finite elements.
 double largest(const Buffer& buffer) {
   double most = 0;
   for (int64_t i = 0; i < buffer.count(); ++i) {
@@ -37,15 +39,15 @@ Memory host_memory_of(const Buffer& buffer) {
 Tensors Call::attach(const MemoryOf& memory_of, const std::function<int64_t()>& workspace_bytes, bool aligned, int fill,
                      bool as_double) {
   Tensors tensors;
-  for (const Input& input : inputs_) point(input.field, tensors.of_inputs.emplace_back(memory_of(input.buffer)));
+  for (const Input& input : inputs_) point(input.field, tensors.input_memory.emplace_back(memory_of(input.buffer)));
   for (const Output& output : outputs_) {
     const Type type = as_double && output.type != Type::I32 ? Type::F64 : output.type;
     const Buffer& buffer = tensors.outputs.emplace_back(type, output.count, aligned, fill);
-    point(output.field, tensors.of_outputs.emplace_back(memory_of(buffer)));
+    point(output.field, tensors.output_memory.emplace_back(memory_of(buffer)));
   }
   if (workspace_ != nullptr) {
     tensors.workspace = Buffer(Type::Bool, workspace_bytes(), true, fill);
-    point(workspace_, tensors.of_workspace = memory_of(tensors.workspace));
+    point(workspace_, tensors.workspace_memory = memory_of(tensors.workspace));
   }
   return tensors;
 }
@@ -73,12 +75,12 @@ std::string Call::difference(const std::vector<Buffer>& got, const std::vector<B
       if (integers || !std::isfinite(value)) return 0.0;
       return bound.ulps * ulp(output.type, value) + bound.relative * std::abs(value) + floor;
     };
-    const auto forgotten = [&](int64_t i) { return !integers && got[o].all_ones(i); };
+    const auto unwritten = [&](int64_t i) { return !integers && got[o].all_ones(i); };
     int64_t first = count;
 #pragma omp parallel for reduction(min : first)
     for (int64_t i = 0; i < count; ++i) {
       const double value = expected[o].get(i);
-      if (i < first && (!is_near(got[o].get(i), value, allowed(value)) || forgotten(i))) first = i;
+      if (i < first && (!is_near(got[o].get(i), value, allowed(value)) || unwritten(i))) first = i;
     }
     if (first == count) continue;
     const double value = expected[o].get(first);
@@ -86,7 +88,7 @@ std::string Call::difference(const std::vector<Buffer>& got, const std::vector<B
     std::snprintf(text, sizeof text, "%s[%lld of %lld] = %.17g, expected %.17g from %s (allowed: %.2g)%s", output.name,
                   static_cast<long long>(first), static_cast<long long>(count), got[o].get(first), value,
                   which == Expected::Reference ? "the plain loops" : "the CPU", allowed(value),
-                  forgotten(first) ? ", never written" : "");
+                  unwritten(first) ? ", never written" : "");
     return text;
   }
   return "";

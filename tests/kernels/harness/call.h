@@ -1,5 +1,4 @@
-// A call of a kernel, whichever and on whichever backend: its arguments, its inputs, and its outputs with the bounds of their
-// errors.
+// A call of any kernel on any backend: its arguments, its inputs, and its outputs with the bounds of their errors.
 #pragma once
 
 #include <deque>
@@ -15,8 +14,8 @@
 
 namespace topn_gating::harness {
 
-// How far a result may be from what is expected: units in the last place of its type, relative to the expected value, and the
-// larger of an absolute bound and one relative to the tensor's largest element. 0: the same number.
+// The largest error of a result: `ulps` units in the last place of its type, plus `relative` times the expected value, plus the
+// larger of `absolute` and `of_largest` times the largest expected element. All 0: the result must be the same number.
 struct Bound {
   double ulps = 0, relative = 0, absolute = 0, of_largest = 0;
 };
@@ -28,40 +27,41 @@ using AnyArgs = std::variant<TOPN_GATING_KERNELS(TOPN_GATING_TYPE) TOPN_GATING_C
 template <class Args>
 constexpr bool kOnCpuAlone = std::is_same_v<Args, Linear> || std::is_same_v<Args, LinearBackward>;
 
-// Returns memory of a device that has a buffer's contents; on the host it is the buffer's own.
+// Memory of a device, and a function that returns memory with a buffer's contents; on the host it is the buffer's own memory.
 using Memory = std::shared_ptr<void>;
 using MemoryOf = std::function<Memory(const Buffer&)>;
 Memory host_memory_of(const Buffer&);
 
-// The tensors of a run.
+// The tensors of a run, and the memory of the device that holds them.
 struct Tensors {
-  std::vector<Buffer> outputs;  // host memory: what a device writes elsewhere must be read back
-  std::vector<Memory> of_outputs, of_inputs;
+  std::vector<Buffer> outputs;  // in host memory: outputs on another device must be read back
+  std::vector<Memory> output_memory, input_memory;
   Buffer workspace;
-  Memory of_workspace;
+  Memory workspace_memory;
 };
 
-enum class Expected { Reference, OtherBackend };  // the plain loops, or another backend
+// What gave the expected results: the plain loops, or another backend.
+enum class Expected { Reference, OtherBackend };
 
 class Call {
  public:
   Call() = default;
-  Call(const Call&) = delete;  // tensors refer to fields of the arguments
+  Call(const Call&) = delete;  // inputs and outputs point to fields of the arguments
 
-  // Sets the arguments but for the tensors, which the functions below add.
+  // Sets all arguments except the tensors, which the functions below add.
   template <class Args>
   Args& arguments(Args args) {
     return args_.emplace<Args>(std::move(args));
   }
 
-  // Adds an input. The kernel must read `elements` of it (all if negative), each as `bytes_each` bytes (its own if 0).
+  // Adds an input, of which the kernel must read `elements` elements (negative: all) at `bytes_each` bytes each (0: their size).
   template <class T>
   void input(T*& field, Buffer buffer, int64_t elements = -1, int64_t bytes_each = 0) {
     bytes_ += (elements < 0 ? buffer.count() : elements) * (bytes_each > 0 ? bytes_each : bytes_of(buffer.type()));
     inputs_.push_back({&field, std::move(buffer)});
   }
 
-  // Adds an output, with its bounds to the plain loops and to another backend.
+  // Adds an output, with the bounds of its difference from the plain loops and from another backend.
   template <class T>
   void output(T*& field, const char* name, Type type, int64_t count, Bound to_reference = {}, Bound to_other_backend = {}) {
     outputs_.push_back({&field, name, type, count, {to_reference, to_other_backend}});
@@ -69,13 +69,13 @@ class Call {
   }
   void workspace(void*& field) { workspace_ = &field; }
 
-  // Allocates outputs and workspace, every byte of them `fill`, and points the arguments to all tensors; workspace_bytes() is
-  // asked for once the arguments point to all others. `as_double`: floating-point outputs are double, as the plain loops
-  // write them.
+  // Allocates outputs and workspace, fills their bytes with `fill`, and points the arguments to all tensors. workspace_bytes() is
+  // called after the arguments point to all inputs and outputs. `as_double`: floating-point outputs are double, as the plain
+  // loops write them.
   Tensors attach(const MemoryOf& memory_of, const std::function<int64_t()>& workspace_bytes, bool aligned, int fill,
                  bool as_double = false);
 
-  // function(arguments).
+  // Calls function(arguments), unless none are set.
   template <class F>
   void visit(const F& function) const {
     const auto call = [&](const auto& args) {
@@ -84,34 +84,35 @@ class Call {
     std::visit(call, args_);
   }
 
-  Tensors run_reference();  // in plain loops
+  // Runs the plain loops and returns their tensors.
+  Tensors run_reference();
 
-  // Says where outputs are out of their bounds; "" if nowhere.
+  // Describes the first element of an output that exceeds its bounds, or was not written; "" if there is none.
   std::string difference(const std::vector<Buffer>& got, const std::vector<Buffer>& expected, Expected) const;
-  // Says where outputs differ in any bit; "" if nowhere.
+  // Describes the first element of an output whose bits differ; "" if there is none.
   std::string difference_in_bits(const std::vector<Buffer>& got, const std::vector<Buffer>& expected) const;
 
   const Buffer& input_of(size_t index) const { return inputs_[index].buffer; }
-  int64_t bytes() const { return bytes_; }  // that the kernel must read and write
-  int64_t reference_bytes() const;          // of the plain loops' outputs
+  int64_t bytes() const { return bytes_; }  // returns the bytes that the kernel must read and write
+  int64_t reference_bytes() const;          // returns the bytes of the plain loops' outputs
 
  private:
   struct Input {
-    void* field;  // a pointer among the arguments
+    void* field;  // address of the pointer among the arguments
     Buffer buffer;
   };
   struct Output {
-    void* field;  // a pointer among the arguments
+    void* field;  // address of the pointer among the arguments
     const char* name;
     Type type;
     int64_t count;
-    Bound bounds[2];  // by Expected
+    Bound bounds[2];  // indexed by Expected
   };
 
   AnyArgs args_ = std::monostate();
   std::deque<Input> inputs_;
   std::vector<Output> outputs_;
-  void* workspace_ = nullptr;  // a pointer among the arguments
+  void* workspace_ = nullptr;  // address of the pointer among the arguments
   int64_t bytes_ = 0;
 };
 

@@ -20,12 +20,12 @@ const char* name_of(DType dtype) {
 
 namespace {
 
-// A case's sizes and types, and generators of its tensors.
+// The sizes and types of a case, and functions that generate its tensors.
 struct Problem {
   const Case& c;
   const Type type = type_of(c.dtype), compute_type = compute_type_of(c.dtype);
-  const int64_t tokens = c.groups * c.tokens, pairs = tokens * c.top_n, of_experts = c.groups * c.experts,
-                slots = of_experts * c.capacity;
+  const int64_t tokens = c.groups * c.tokens, pairs = tokens * c.top_n, group_experts = c.groups * c.experts,
+                slots = group_experts * c.capacity;
   const bool hard = c.inputs == Inputs::Hard, random_inputs = c.inputs == Inputs::Random;
   const bool noise = c.noise || hard, mask = c.mask || hard;
   mutable Random random{uint64_t(c.experts * 1000 + c.top_n)};
@@ -36,7 +36,7 @@ struct Problem {
   Buffer buffer(Type of, int64_t count, const F& f) const {
     return Buffer::of(of, count, c.aligned, f);
   }
-  // Numbers around 0: normal, or uniform in [-1, 1) where the case is not random.
+  // Returns normal numbers, or for inputs that are not Random, numbers uniform in [-1, 1).
   Buffer values(Type of, int64_t count) const {
     return buffer(of, count, [&](int64_t) { return random_inputs ? random.normal() : 2 * random.uniform() - 1; });
   }
@@ -47,15 +47,15 @@ struct Problem {
     return buffer(of, from.count(), [&](int64_t i) { return from.get(i); });
   }
 
-  // One rounding of the compute type, relative.
+  // Returns the largest relative error of rounding to the compute type.
   double rounding() const { return compute_type == Type::F64 ? 0x1p-53 : 0x1p-24; }
-  // The relative error of a kernel's result, that of docs/spec.md; noise rounds the scores.
+  // Returns the relative error that docs/spec.md allows a kernel's result; it is larger with noise, which rounds the scores.
   double precision() const { return compute_type == Type::F64 ? 1e-13 : noise ? 4e-6 : 1e-6; }
 
-  // Bounds of results that are exact up to the rounding to their own type.
+  // Return the bounds of results that are exact before they are rounded to their type, and of results of several roundings.
   Bound exact() const { return {0.5}; }
   Bound close() const { return {0.5, precision()}; }
-  // Bounds of sums of `terms` products, which may cancel.
+  // Return the bounds of sums of `terms` products, which may cancel, to the plain loops and to another backend.
   Bound sum(int64_t terms) const {
     return {0.5, precision(), precision() * std::sqrt(double(terms)) * (random_inputs ? 16 : 1)};
   }
@@ -64,13 +64,14 @@ struct Problem {
   }
 };
 
-// A logit of the hard case. Scores differ by multiples of 1/8, or where there is noise by far more than a rounding.
+// Returns a logit of Inputs::Hard. Scores differ by multiples of 1/8, or with noise by far more than a rounding.
 double hard_logit(Random& random, int64_t expert, int64_t experts) {
   const double wanted = expert < 2 ? 2 : expert == experts - 1 ? -3 : 0;
   return std::round(8 * (random.normal() / 2 + wanted)) / 8;
 }
 
-// A logit of group 0 that is not a number, or not finite; those of other groups are normal, as are their sums.
+// Returns a logit of Logits::Special: in group 0, for most tokens NaN, an infinity or equal to all others of the token; in the
+// other groups `normal`, so that their sums are finite.
 double special_logit(int64_t token, int64_t tokens, int64_t expert, double normal) {
   const double infinity = std::numeric_limits<double>::infinity();
   if (token >= tokens) return normal;
@@ -118,20 +119,20 @@ void gate(Call& call, const Case& c) {
   Gate& a = call.arguments(Gate{gate_inputs(p)});
   a.losses = c.losses;
   add_gate_inputs(call, a, p);
-  // Between backends a row is summed in another order, which where all gates are equal rounds one way. The soft top-n magnifies
-  // that, but is computed in double.
+  // Backends sum a row in different orders, whose errors add up if all gates are equal. The soft top-n magnifies the differences,
+  // but computes in double.
   const Bound sums{10 + double(c.experts) / 24};
-  const Bound of_weight = !c.soft ? sums : Bound{c.dtype == DType::F64 ? 10 + double(c.experts) / 6 : 2};
-  call.output(a.weight, "weight", p.compute_type, p.pairs, p.close(), of_weight);
+  const Bound weight_bound = !c.soft ? sums : Bound{c.dtype == DType::F64 ? 10 + double(c.experts) / 6 : 2};
+  call.output(a.weight, "weight", p.compute_type, p.pairs, p.close(), weight_bound);
   call.output(a.expert, "expert", Type::I32, p.pairs);
-  call.output(a.importance, "importance", p.compute_type, p.of_experts, p.close(), sums);
-  call.output(a.top_count, "top_count", Type::I32, p.of_experts);
+  call.output(a.importance, "importance", p.compute_type, p.group_experts, p.close(), sums);
+  call.output(a.top_count, "top_count", Type::I32, p.group_experts);
   call.output(a.balance_loss, "balance_loss", p.compute_type, 1, p.close(), sums);
   call.output(a.router_z_loss, "router_z_loss", p.compute_type, 1, p.close(), sums);
   call.workspace(a.workspace);
 }
 
-// The outputs of gate: weight, expert, importance, top_count and the losses.
+// Returns the outputs of gate, by the plain loops: weight, expert, importance, top_count and the losses.
 std::vector<Buffer> gate_outputs(const Case& c) {
   Case with_losses = c;
   with_losses.losses = true;
@@ -140,8 +141,8 @@ std::vector<Buffer> gate_outputs(const Case& c) {
   return call.run_reference().outputs;
 }
 
-// About how large a gradient at a gate is, which cancels against the mean where the gate is near 1: the fewer valid tokens a
-// group has, the larger.
+// Returns about the largest gradient of a gate value, which is larger the fewer valid tokens a group has. If the gate value is
+// near 1, the gradient cancels with the mean, so that its rounding errors remain.
 double largest_gradient(const Case& c, const Buffer& top_count) {
   double most = 1;
   for (int64_t group = 0; group < c.groups; ++group) {
@@ -158,20 +159,20 @@ void gate_backward(Call& call, const Case& c) {
   add_gate_inputs(call, a, p);
   const std::vector<Buffer> outputs = gate_outputs(c);
   const Buffer mask = mask_of(p);
-  if (c.gradients & kOfWeight) {  // of some padding only: padding without one gets no gradient at all
+  if (c.gradients & kOfWeight) {  // 0 for half of the masked tokens, which then get no gradient at all
     call.input(a.grad_weight, p.buffer(p.compute_type, p.pairs, [&](int64_t i) {
       const int64_t token = i / c.top_n;
       return p.mask && mask.get(token) == 0 && token % 2 == 0 ? 0 : p.random.normal();
     }));
   }
-  if (c.gradients & kOfImportance) call.input(a.grad_importance, p.values(p.compute_type, p.of_experts));
+  if (c.gradients & kOfImportance) call.input(a.grad_importance, p.values(p.compute_type, p.group_experts));
   if (c.gradients & kOfBalance) call.input(a.grad_balance_loss, p.values(p.compute_type, 1));
   if (c.gradients & kOfZ) call.input(a.grad_router_z_loss, p.values(p.compute_type, 1));
   call.input(a.expert, p.buffer(Type::I32, p.pairs, [&](int64_t i) {
-    return c.made_up && p.random.chance(0.2) ? double(p.random.below(3 * c.experts) - c.experts) : outputs[1].get(i);
+    return c.perturbed && p.random.chance(0.2) ? double(p.random.below(3 * c.experts) - c.experts) : outputs[1].get(i);
   }));
   call.input(a.top_count, p.copy(Type::I32, outputs[3]));
-  // Differences of gradients about as large cancel.
+  // Gradients of similar size are subtracted.
   const double largest = largest_gradient(c, outputs[3]), roundings = 32 * p.rounding();
   const double cancelled = p.random_inputs ? p.precision() * largest : 0;
   call.output(a.grad_logits, "grad_logits", p.type, p.tokens * c.experts, {0.5, p.precision(), cancelled, p.precision()},
@@ -179,7 +180,7 @@ void gate_backward(Call& call, const Case& c) {
   call.workspace(a.workspace);
 }
 
-// Weights and experts of all pairs: those of gate, or random ones, half of whose pairs ask for one of three experts.
+// Weights and experts of all pairs: the outputs of gate or, for Inputs::Random, random ones, half of them among three experts.
 struct Choice {
   Buffer weight, expert;
 };
@@ -190,8 +191,8 @@ Choice choice_of(const Problem& p) {
   }
   Random random(uint64_t(p.c.tokens * 1000 + p.c.experts));
   return {p.uniforms(p.compute_type, p.pairs), p.buffer(Type::I32, p.pairs, [&](int64_t) {
-    if (p.c.made_up && random.chance(0.1)) return random.chance(0.5) ? -1.0 : 2147483647.0;
-    if (p.c.made_up && random.chance(0.1)) return double(p.c.experts);
+    if (p.c.perturbed && random.chance(0.1)) return random.chance(0.5) ? -1.0 : 2147483647.0;
+    if (p.c.perturbed && random.chance(0.1)) return double(p.c.experts);
     return double(random.below(random.chance(0.5) && p.c.experts > 3 ? 3 : p.c.experts));
   })};
 }
@@ -214,18 +215,18 @@ void assign(Call& call, const Case& c) {
   call.output(a.kept, "kept", p.compute_type, p.pairs);
   call.output(a.slot, "slot", Type::I32, p.pairs);
   call.output(a.source, "source", Type::I32, p.slots);
-  call.output(a.demand, "demand", Type::I32, p.of_experts);
+  call.output(a.demand, "demand", Type::I32, p.group_experts);
   call.workspace(a.workspace);
 }
 
-// What assign gives or, where the case makes indices up, something near it; and how many pairs and tokens hold a slot.
+// The inputs and outputs of assign, perturbed if the case asks for it, and the number of pairs and tokens that hold a slot.
 struct Held {
   Buffer weight, expert, slot, source;
   int64_t pairs = 0, tokens = 0;
 
   explicit Held(const Problem& p) {
     Case given = p.c;
-    given.made_up = false;
+    given.perturbed = false;
     Call call;
     assign(call, given);
     weight = p.copy(p.compute_type, call.input_of(0));
@@ -239,11 +240,11 @@ struct Held {
       pairs += held;
       tokens += held > 0;
     }
-    if (p.c.made_up) make_up(p);
+    if (p.c.perturbed) perturb(p);
   }
 
  private:
-  void make_up(const Problem& p) {
+  void perturb(const Problem& p) {
     for (int64_t i = 0; i < expert.count(); ++i) {
       if (p.random.chance(0.1)) expert.set(i, double(p.random.below(p.c.experts + 2) - 1));
       if (p.random.chance(0.1)) slot.set(i, double(p.random.below(p.c.capacity + 4) - 3));
@@ -263,12 +264,13 @@ void assign_backward(Call& call, const Case& c) {
   call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs);
 }
 
-// Adds `expert`, `slot` and `source`, of which the kernel must read so many elements.
 Assignment sizes_of(const Problem& p) { return {p.sizes(), p.c.capacity}; }
-void add_assignment(Call& call, Assignment& a, Held& held, int64_t of_pairs, int64_t of_slots) {
-  call.input(a.expert, std::move(held.expert), of_pairs);
-  call.input(a.slot, std::move(held.slot), of_pairs);
-  call.input(a.source, std::move(held.source), of_slots);
+
+// Adds `expert` and `slot`, of which the kernel must read `pairs` elements, and `source`, of which it must read `slots`.
+void add_assignment(Call& call, Assignment& a, Held& held, int64_t pairs, int64_t slots) {
+  call.input(a.expert, std::move(held.expert), pairs);
+  call.input(a.slot, std::move(held.slot), pairs);
+  call.input(a.source, std::move(held.source), slots);
 }
 
 void dense(Call& call, const Case& c) {
@@ -281,7 +283,7 @@ void dense(Call& call, const Case& c) {
   call.output(a.combine, "combine", p.type, p.tokens * c.experts * c.capacity, p.exact());
 }
 
-// Adds a gradient (g, n, e, C) of that layout.
+// Adds a gradient (g, n, e, C) of a layout, of which the kernel must read `elements` elements.
 void add_strided(Call& call, const void*& field, int64_t* strides, const Problem& p, Layout layout, int64_t elements) {
   constexpr int64_t kSector = 32;  // bytes that are read for each element, which is far from the next
   const int64_t n = p.c.tokens, e = p.c.experts, capacity = p.c.capacity;
@@ -308,6 +310,7 @@ void dense_backward(Call& call, const Case& c) {
   call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs, p.close());
 }
 
+// Sets the arguments of a kernel that moves rows.
 template <class Args>
 Args& rows_of(Call& call, const Problem& p) {
   Args args;

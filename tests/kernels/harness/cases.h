@@ -1,4 +1,4 @@
-// Calls of every kernel on inputs that a case describes.
+// Calls of every kernel, on inputs that a case describes.
 #pragma once
 
 #include <string>
@@ -8,8 +8,9 @@
 
 namespace topn_gating::harness {
 
-// Timed: what a model would bring. Hard: equal scores, noise, a mask, experts that overflow and others that stay empty, and
-// thresholds of 0 and 1, all exact in every type, so that the plain loops choose as the kernels do. Random: by the case's fields.
+// Timed: inputs like those of a model. Hard: equal scores, noise, a mask, experts that overflow and others that stay empty, and
+// thresholds of 0 and 1; the scores are exact in every type, so that the plain loops choose the same experts as the kernels.
+// Random: as the case's fields say.
 enum class Inputs { Timed, Hard, Random };
 enum class Logits { Normal, Ties, Special };  // Special: NaN, infinities, equal values
 enum class Layout { Absent, Contiguous, Transposed, Expanded };
@@ -23,23 +24,26 @@ struct Case {
   double eps = 1e-9;
   bool aligned = true;  // whether tensors start at addresses that are multiples of 64
   bool soft = false, losses = true, noise = false, mask = false;
-  bool made_up = false;  // whether experts, slots and sources have values that no kernel gave
+  bool perturbed = false;  // whether some experts, slots and sources are replaced by others, also out of range
   Logits logits = Logits::Normal;
-  unsigned gradients = kOfAll;  // those that gate_backward gets
+  unsigned gradients = kOfAll;  // set of Gradients that gate_backward gets
   Layout grad_dispatch = Layout::Contiguous, grad_combine = Layout::Contiguous;
   bool wants_weight = true;  // whether dispatch_backward computes the weight's gradient
-  int multiprocessors = 3;   // of the host run of the CUDA kernels
+  int multiprocessors = 3;   // number that the emulated device has
 
+  // Returns whether the plain loops can compute the case.
   bool has_reference() const { return !soft && logits != Logits::Special; }
 };
 const char* name_of(DType);
 
+// A kernel and the function that prepares its call on a case.
 struct Kernel {
   const char* name;
   void (*set_up)(Call&, const Case&);
   bool on_cpu_alone = false;
 };
 extern const std::vector<Kernel> kKernels;
-void set_up(const char* kernel, Call&, const Case&);  // of that name
+// Prepares the call of the kernel with that name.
+void set_up(const char* kernel, Call&, const Case&);
 
 }  // namespace topn_gating::harness

@@ -14,7 +14,7 @@ using harness::Type;
 using harness::type_of;
 using harness::View;
 
-// An output, which is double; null: not wanted.
+// A floating-point output, in double.
 struct Result {
   void* data;
 
@@ -22,7 +22,7 @@ struct Result {
   void fill(int64_t count, double value) const { std::fill_n(static_cast<double*>(data), count, value); }
 };
 
-// docs/spec.md, step 3.
+// Returns Gumbel noise of a uniform number (docs/spec.md, step 3).
 double gumbel(double u) {
   const auto log = [](double t) { return std::log(std::max(t, 1e-20)); };
   return -log(-log(u));
@@ -41,20 +41,20 @@ std::vector<double> softmax(std::vector<double> x) {
   return x;
 }
 
-// One token: its logits, its scores, which have noise, and its gates.
+// One token's logits, its scores (the logits with noise) and its gates (their softmax).
 struct Token {
   std::vector<double> logits, scores, gates;
 
   Token(const GateInputs& a, int64_t token) {
-    const View of_logits{type_of(a.dtype), a.logits}, noise{compute_type_of(a.dtype), a.noise};
+    const View input{type_of(a.dtype), a.logits}, noise{compute_type_of(a.dtype), a.noise};
     for (int64_t i = token * a.experts; i < (token + 1) * a.experts; ++i) {
-      logits.push_back(of_logits[i]);
-      scores.push_back(a.noise == nullptr ? of_logits[i] : of_logits[i] + a.noise_mult * gumbel(noise[i]));
+      logits.push_back(input[i]);
+      scores.push_back(a.noise == nullptr ? input[i] : input[i] + a.noise_mult * gumbel(noise[i]));
     }
     gates = softmax(scores);
   }
 
-  // docs/spec.md, step 5.
+  // Returns the experts of the top_n largest scores, in descending order (docs/spec.md, step 5).
   std::vector<int32_t> topn(int64_t top_n) const {
     std::vector<int32_t> experts;
     std::vector<bool> chosen(scores.size());
@@ -75,7 +75,7 @@ bool is_valid(const Args& a, int64_t token) {
   return a.token_mask == nullptr || a.token_mask[token];
 }
 
-// The number of valid tokens among [first, last), at least 1.
+// Returns the number of valid tokens in [first, last), at least 1.
 double valid_tokens(const GateInputs& a, int64_t first, int64_t last) {
   double count = 0;
   for (int64_t token = first; token < last; ++token) count += is_valid(a, token);
@@ -85,7 +85,7 @@ double valid_tokens(const GateInputs& a, int64_t first, int64_t last) {
 int64_t pairs_of(const RoutingSizes& a) { return a.groups * a.tokens * a.top_n; }
 int64_t slots_of(const Assignment& a) { return a.groups * a.experts * a.capacity; }
 
-// Returns the slot, of (g, e, C), that a pair holds: the slot that the pair names, if the slot names the pair too. -1: none.
+// Returns the index in (g, e, C) of the slot that a pair holds: the one that `slot` gives, if its `source` is the pair; else -1.
 int64_t slot_of(const Assignment& a, int64_t pair) {
   const int64_t group = pair / (a.tokens * a.top_n), e = a.expert[pair], c = a.slot[pair];
   if (e < 0 || e >= a.experts || c < 0 || c >= a.capacity) return -1;
@@ -93,7 +93,7 @@ int64_t slot_of(const Assignment& a, int64_t pair) {
   return a.source[slot] == pair % (a.tokens * a.top_n) ? slot : -1;
 }
 
-// The pair that holds a slot; -1: none.
+// Returns the pair that holds a slot, or -1.
 int64_t pair_of(const Assignment& a, int64_t slot) {
   const int64_t per_group = a.tokens * a.top_n, source = a.source[slot];
   if (source < 0 || source >= per_group) return -1;
@@ -101,14 +101,14 @@ int64_t pair_of(const Assignment& a, int64_t slot) {
   return slot_of(a, pair) == slot ? pair : -1;
 }
 
-// The product of two rows.
+// Returns the dot product of two rows.
 double dot(int64_t dim, View a, int64_t row_of_a, View b, int64_t row_of_b) {
   double sum = 0;
   for (int64_t j = 0; j < dim; ++j) sum += a[row_of_a * dim + j] * b[row_of_b * dim + j];
   return sum;
 }
 
-// Each token's row is the sum over its pairs of factor(pair) times the row of the slot that the pair holds.
+// Sets each token's row to the sum over its pairs of factor(pair) times the row of the slot that the pair holds.
 template <class Factor>
 void sum_slots(const AssignedRows& a, View rows, Result sums, const Factor& factor) {
   const Assignment& held = a.assignment;
@@ -119,7 +119,7 @@ void sum_slots(const AssignedRows& a, View rows, Result sums, const Factor& fact
   }
 }
 
-// Each slot's row is factor(pair) times the row of the token whose pair holds the slot.
+// Sets each slot's row to factor(pair) times the row of the token whose pair holds the slot, or to 0 if none does.
 template <class Factor>
 void fill_slots(const AssignedRows& a, View rows, Result filled, const Factor& factor) {
   const Assignment& held = a.assignment;
@@ -131,7 +131,7 @@ void fill_slots(const AssignedRows& a, View rows, Result filled, const Factor& f
   }
 }
 
-// The gradient of each pair's factor: the product of its token's row and its slot's.
+// Sets the gradient of each pair's factor: the dot product of the rows of its token and of its slot.
 void dot_pairs(const AssignedRows& a, View of_slots, View of_tokens, Result products) {
   for (int64_t pair = 0; pair < pairs_of(a.assignment); ++pair) {
     const int64_t slot = slot_of(a.assignment, pair);
@@ -139,6 +139,7 @@ void dot_pairs(const AssignedRows& a, View of_slots, View of_tokens, Result prod
   }
 }
 
+// A matrix whose element (i, j) is at i * row_stride + j * column_stride.
 struct Matrix {
   View values;
   int64_t row_stride, column_stride;
@@ -175,9 +176,9 @@ void run(const Gate& a) {
       weight[token * a.top_n + k] = a.top_n == 1 ? t.gates[chosen[k]] : t.gates[chosen[k]] / std::max(sum, a.eps);
     }
     if (!a.losses || !is_valid(a, token)) continue;
-    const int64_t of_group = token / a.tokens * a.experts;
-    for (int64_t e = 0; e < a.experts; ++e) importance[of_group + e] += t.gates[e];
-    a.top_count[of_group + chosen[0]] += 1;
+    const int64_t group_offset = token / a.tokens * a.experts;
+    for (int64_t e = 0; e < a.experts; ++e) importance[group_offset + e] += t.gates[e];
+    a.top_count[group_offset + chosen[0]] += 1;
     z_loss[0] += std::pow(logsumexp(t.logits), 2);
   }
   z_loss[0] /= valid_tokens(a, 0, a.groups * a.tokens);
@@ -245,7 +246,7 @@ void run(const Assign& a) {
     if (rank == 0 || a.policy == Policy::All) return true;
     if (a.policy == Policy::Threshold) return weight[pair] > threshold[rank];
     const double quotient = a.policy == Policy::None ? 0 : weight[pair] / std::max(threshold[rank], a.eps);
-    return a.policy == Policy::Random && draws[pair] < (a.is_double ? quotient : float(quotient));  // its rounding decides
+    return a.policy == Policy::Random && draws[pair] < (a.is_double ? quotient : float(quotient));  // rounded as in kernels
   };
   for (int64_t group = 0; group < a.groups; ++group) {
     for (int64_t k = 0; k < a.top_n; ++k) {

@@ -1,6 +1,5 @@
-// The kernels in plain loops and in double: what their results are compared with. Every overload reads its inputs as the
-// kernels do, and writes its floating-point results as double, whatever type the kernels write. It knows neither workspaces nor
-// the soft top-n.
+// The kernels as plain loops in double, with whose results theirs are compared. Every overload reads its inputs in the kernel's
+// types, and writes floating-point results as double. Workspaces are ignored, and the soft top-n is not implemented.
 #pragma once
 
 #include "router.h"
