@@ -1,10 +1,10 @@
-# `make demo` and `make test` each do all of their own set-up in .venv; what did not change is not done again.
+# `make demo` and `make test` do all of their own set-up, in .venv, and repeat only what has changed.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
-# Threads that spin at a barrier take a small machine's only other core from the work.
+# On a machine with few cores, threads that spin at a barrier slow the others down.
 export OMP_WAIT_POLICY := passive
 
 OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense dispatch combine linear))
@@ -22,7 +22,7 @@ test: $(VENV)/built $(VENV)/kernels lint
 bench: $(VENV)/built
 	PYTHONPATH=. $(RUN) benchmarks/peers $(ARGS)
 
-# Every kernel without torch, beside the machine's bandwidth. Needs Google Benchmark (Debian: libbenchmark-dev).
+# Times every kernel, without torch, and the machine's bandwidth. Needs Google Benchmark (Debian: libbenchmark-dev).
 router-bench: $(VENV)/kernels
 	$(VENV)/bin/cmake --build build/cmake --target router_bench
 	build/cmake/benchmarks/router_bench $(ARGS)
@@ -31,13 +31,13 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-# The kernel layer without torch, and the CUDA kernels on the host beside the CPU's.
+# Builds the kernels without torch and compares the CUDA kernels, run on the host, with the CPU's.
 kernels: $(VENV)/kernels
 	$(VENV)/bin/ctest --test-dir build/cmake --parallel 2 --output-on-failure
 
-# AddressSanitizer and UndefinedBehaviorSanitizer over the operators' tests, on the CPU and on the host-run CUDA kernels; the
-# host run's own tests, which plant faults, under these and under ThreadSanitizer. `make barriers` has the kernels under
-# ThreadSanitizer, the CPU's on threads.
+# Runs the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with the CPU kernels and with the CUDA kernels
+# on the host, and the emulator's own tests under these and under ThreadSanitizer. `make barriers` runs the kernels under
+# ThreadSanitizer.
 sanitize: $(VENV)/installed
 	$(CMAKE) -B build/address -DTOPN_GATING_SANITIZE=address
 	$(VENV)/bin/cmake --build build/address --parallel 2 --target test_simt topn_gating_simt
@@ -55,21 +55,21 @@ sanitize: $(VENV)/installed
 ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
 PRELOAD := $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell gcc -print-file-name=$(library)))
 
-# The kernels under ThreadSanitizer; then each barrier of the CUDA kernels left out in turn: a test must fail.
+# Tests the kernels under ThreadSanitizer, then leaves out each barrier of the CUDA kernels in turn: a test must fail.
 barriers:
 	$(PYTHON) tests/kernels/delete_barriers.py
 
-# Mutants of the kernels and of the package, which the tests must kill; ARGS="--count 200" is the whole check.
+# Changes single tokens of the kernels and of the package, which the tests must notice; ARGS="--count 200" is the full check.
 mutants: $(VENV)/built $(VENV)/kernels
 	$(RUN) tests/mutants.py $(ARGS)
 
-# The package as a user installs it, imported from a folder that is not this one.
+# Installs the package as a user does and imports it from another folder.
 install-check: $(VENV)/built
 	$(PIP) install --no-build-isolation --no-deps --upgrade --target build/site .
 	cd build/site && ../../$(RUN) -m topn_gating info
 
-# The CUDA build, for which nvcc is enough: neither torch nor the machine needs CUDA. It is compiled, linked and imported, and
-# ptxas' report is read for spilled registers.
+# Compiles, links and imports the CUDA build and checks ptxas' report for spilled registers. It needs nvcc, but neither a torch
+# with CUDA nor a GPU.
 ifneq ($(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc)),)
 cuda-check: $(VENV)/installed
 	rm -rf build/cuda build/site-cuda build/ptxas.log
@@ -86,7 +86,7 @@ endif
 clean:
 	rm -rf $(VENV) build topn_gating/*.so
 
-# zeta would bring a dozen packages; the tests load one file of it, which needs what st-moe-pytorch brings.
+# zetascale is installed without its many dependencies: the tests load one file of it, which needs only those of st-moe-pytorch.
 $(VENV)/installed: requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -r requirements-dev.txt
@@ -99,7 +99,7 @@ $(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc simt tests/k
 	$(VENV)/bin/cmake --build build/cmake --parallel 2
 	touch $@
 
-# ninja compiles what changed.
+# Compiles only what has changed.
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
 	$(RUN) setup.py --quiet build_ext --inplace
 	touch $@

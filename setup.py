@@ -24,14 +24,14 @@ except ImportError as error:
 import pybind11
 
 ROOT = Path(__file__).parent
-# What the extension asks of torch's stable ABI: the floor, torch 2.10, and for CUDA's current stream 2.13. Before 2.13,
-# libtorch_cuda gives the stream.
+# Versions of torch's stable ABI that the extension needs: torch 2.10, or 2.13 for the current CUDA stream. Before torch 2.13,
+# the stream comes from libtorch_cuda.
 STABLE_ABI, STABLE_ABI_OF_STREAM = "0x020a000000000000", "0x020d000000000000"
 STREAM_IN_ABI = torch.__version__ >= (2, 13)
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, where torch looks for it too."""
+    """Returns the path of nvcc, searched for where torch searches; None if there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=f"{home}/bin")
@@ -39,7 +39,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_compiler() -> str | None:
-    """The nvcc to build with, or None for a build without CUDA."""
+    """Returns the nvcc to build with, or None for a build without CUDA."""
     wanted = os.environ.get("TOPN_GATING_CUDA") or "auto"
     if wanted not in ("auto", "1", "0"):
         raise SystemExit(f"TOPN_GATING_CUDA must be auto, 1 or 0, got {wanted!r}.")
@@ -55,7 +55,7 @@ def cuda_compiler() -> str | None:
 
 
 def cuda_version(nvcc: str) -> str:
-    """The toolkit's version, which must be torch's but for the minor number."""
+    """Returns the toolkit's version, whose major number must be that of torch."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"release (\d+\.\d+)", said)[1]
     if torch.version.cuda and torch.version.cuda.split(".")[0] != version.split(".")[0]:
@@ -69,7 +69,7 @@ def cuda_version(nvcc: str) -> str:
 def add_cuda(extension, nvcc: str) -> None:
     """Adds the CUDA kernels to the extension."""
     version = cuda_version(nvcc)
-    # nvcc can be a script that starts another one, which tells where it lies; torch without CUDA leaves CUDA_HOME empty.
+    # nvcc can be a script that starts another nvcc, whose dry run prints its folder. torch without CUDA sets no CUDA_HOME.
     said = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True).stderr
     cpp_extension.CUDA_HOME = str(Path(re.search(r"_HERE_=(.+)", said)[1]).parent)
     default = "8.0;9.0;10.0+PTX" if [int(n) for n in version.split(".")] >= [12, 8] else "8.0;9.0+PTX"
@@ -82,7 +82,7 @@ def add_cuda(extension, nvcc: str) -> None:
     extension.define_macros += [(name, f'"{value}"') for name, value in told.items()]
     extension.include_dirs += cpp_extension.include_paths("cuda", torch_include_dirs=False)
     extension.library_dirs += cpp_extension.library_paths("cuda", torch_include_dirs=False)
-    # A CUDA runtime of its own, whose names stay inside: torch's is a shared library, or none.
+    # The CUDA runtime is linked statically and its symbols are hidden: torch's is a shared library, or absent.
     extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
     extension.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
     if not STREAM_IN_ABI:
@@ -90,7 +90,7 @@ def add_cuda(extension, nvcc: str) -> None:
 
 
 def extension(nvcc: str | None):
-    """The extension, with CUDA if there is a compiler for it."""
+    """Returns the extension, with CUDA if nvcc is given."""
     # level_*.cpp include the kernels.
     kernels = ["level.cpp", "level_baseline.cpp", "level_avx2.cpp", "level_avx512.cpp", "workspace.cpp"]
     glue = ["schema.cpp", "cpu_backend.cpp", "module.cpp"]
@@ -119,5 +119,5 @@ nvcc = cuda_compiler()
 setup(
     ext_modules=[extension(nvcc)],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
-    options={"build": {"build_base": "build/cuda" if nvcc else "build/cpu"}},  # each keeps its objects
+    options={"build": {"build_base": "build/cuda" if nvcc else "build/cpu"}},  # so that each build keeps its object files
 )

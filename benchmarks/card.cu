@@ -1,5 +1,5 @@
-// What a GPU does at best: the time of an empty node of a graph and of a barrier of all blocks, the bandwidth of memset and of
-// a copy, and the clock of its multiprocessors under load. The kernels' times are to be read beside these.
+// Measures the limits of a GPU, with which the kernels' times are compared: the time of an empty node of a CUDA graph and of a
+// barrier of all blocks, the bandwidth of memset and of a copy, and the clock of its multiprocessors under load.
 //
 //   nvcc -O2 -std=c++17 -arch=native benchmarks/card.cu -o card && ./card
 #include <cooperative_groups.h>
@@ -37,7 +37,7 @@ __global__ void spin(long long cycles, unsigned long long* nanoseconds, float* s
   if (blockIdx.x == 0 && threadIdx.x == 0) *nanoseconds = end - start;
 }
 
-// The milliseconds of one replay of a graph of `count` calls.
+// Returns the milliseconds of the fastest replay of a graph of `count` calls.
 template <class F>
 double replay_milliseconds(int count, const F& call) {
   cudaStream_t stream;

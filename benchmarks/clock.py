@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
-SECONDS = 0.3  # spent on one measurement, about
+SECONDS = 0.3  # approximate duration of one measurement
 BATCH_SECONDS = 1e-3  # calls are timed in batches at least this long
 LARGEST_COPY = {"cpu": 2**27, "cuda": 2**30}  # bytes of each of a copy's two buffers; time grows linearly above
 

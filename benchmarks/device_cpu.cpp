@@ -15,7 +15,7 @@
 namespace topn_gating::bench {
 namespace {
 
-// Splits a loop as torch's parallel_for does: into as many parts as there are threads, each of at least `grain` items.
+// Splits a loop as torch's parallel_for does: evenly among the threads, but with at least `grain` items for each.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, cpu::Body body, void* context) {
   const int64_t count = end - begin;
   if (count <= grain || omp_in_parallel()) return count > 0 ? body(begin, end, context) : void();
@@ -41,7 +41,7 @@ void copy_lines(int64_t begin, int64_t end, void* context) {
   std::memcpy(copy.to + begin, copy.from + begin, size_t(end - begin) * sizeof(Line));
 }
 
-// Copies with stores that bypass the caches, so that the target's lines are not read first.
+// Copies with streaming stores, which bypass the caches, so that the target's cache lines are not read first.
 void stream_lines(int64_t begin, int64_t end, void* context) {
 #ifdef __SSE2__
   const Copy& copy = *static_cast<const Copy*>(context);
@@ -74,7 +74,7 @@ class Cpu : public Device {
     const auto way = [=](cpu::Body body, int64_t grain) {
       return [=] { parallel_for(0, lines, grain, body, const_cast<Copy*>(&copy)); };
     };
-    const int64_t all = lines, any = 1;  // on one thread, and on as many as there are
+    const int64_t all = lines, any = 1;  // grains for one thread, and for all threads
     return {way(copy_lines, all), way(copy_lines, any), way(stream_lines, all), way(stream_lines, any)};
   }
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The check on a machine with an NVIDIA GPU, in three commands that each fit ten minutes. It needs torch with CUDA, nvcc, ninja,
-# pybind11, pytest and hypothesis, and no network.
+# Checks and measures on a machine with an NVIDIA GPU, in three commands of at most ten minutes. It needs torch with CUDA, nvcc,
+# ninja, pybind11, pytest and hypothesis, and no network.
 #
 #   bash benchmarks/gpu_check.sh 1            # build, smoke test, tests, table of times
 #   bash benchmarks/gpu_check.sh 2            # build, compute-sanitizer, the time of each launch, ncu
-#   bash benchmarks/gpu_check.sh 3 FOLDER     # build, build of the version in FOLDER, both versions' times in turns
+#   bash benchmarks/gpu_check.sh 3 FOLDER     # build here and in FOLDER, both versions' times alternately
 #   bash benchmarks/gpu_check.sh STEP…        # single steps: card build smoke tests table sanitizers launches ncu old compare
 #
 # Logs, RESULTS.md and lines.jsonl are written under ${OUT:-build/gpu_check} while the steps run. A step that fails or reaches its
-# limit does not stop the later ones. DEVICE=cpu tries the script out without a GPU; PYTHON, LIMIT (seconds of each step),
+# limit does not stop the later ones. DEVICE=cpu runs the script without a GPU; PYTHON, LIMIT (seconds of each step),
 # TESTS and TABLE (arguments of pytest and of benchmarks/kernels.py) may be set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +16,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PATH="$PATH:${CUDA_HOME:-/us
 export OUT="${OUT:-build/gpu_check}" DEVICE="${DEVICE:-cuda}" PYTHON="${PYTHON:-python3}" OLD="${OLD:-build/old}"
 A=4,8192,4096,64,8 B=1,1000000,512,256,8 C=1,8192,512,64,8
 
-# SECONDS that each step may take, and the lines of its log that are printed at its end.
+# Time limit of each step in seconds, and the number of lines of its log that are printed when it ends.
 declare -A limits=([card]=20 [build]=200 [smoke]=60 [tests]=120 [table]=180 [sanitizers]=210 [launches]=40 [ncu]=130 [old]=170
                    [compare]=190)
 declare -A lines=([card]=12 [build]=8 [smoke]=12 [tests]=25 [table]=1000 [sanitizers]=20 [launches]=40 [ncu]=60 [old]=4
@@ -37,7 +37,7 @@ step_card() {
   mkdir -p build && nvcc -O2 -std=c++17 -arch=native benchmarks/card.cu -o build/card && build/card
 }
 
-# The extension, and beside it the kernels that run on the host, which the tests compare with the GPU's.
+# Builds the extension and, at the same time, the CUDA kernels for the host, which the tests compare with the GPU's.
 step_build() {
   local host=0
   if [[ $DEVICE == cuda ]] && command -v cmake >/dev/null; then
@@ -56,7 +56,7 @@ step_smoke() { "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --smoke; }
 step_tests() {
   local workers=()
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")  # each has a CUDA context and memory of its own
+    workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")  # each has its own CUDA context and memory
   fi
   # shellcheck disable=SC2086
   "$PYTHON" -m pytest -q --durations=10 "${workers[@]}" ${TESTS:--k $DEVICE tests/kernels tests/ops}
@@ -65,12 +65,12 @@ step_tests() {
 # shellcheck disable=SC2086
 step_table() { "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --out "$OUT" --budget 100 ${TABLE:-}; }
 
-# The four tools at once: each spends most of its time on loading torch.
+# Runs the four tools at once: each spends most of its time loading torch.
 step_sanitizers() {
   local tool code=0
   declare -A process
   for tool in memcheck racecheck initcheck synccheck; do
-    # Without torch's cache of memory, each tensor has bounds that memcheck knows. torch's own API errors do not count.
+    # Without torch's caching allocator, memcheck knows the bounds of each tensor. API errors of torch itself are not reported.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --tool "$tool" --error-exitcode 9 \
       "$PYTHON" benchmarks/kernels.py --device cuda --once >"$OUT/$tool.txt" 2>&1 &
     process[$tool]=$!

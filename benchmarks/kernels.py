@@ -1,17 +1,17 @@
-"""The time of every operator on a CPU or a GPU, beside the time of a copy that moves as many bytes.
+"""Times every operator on a CPU or a GPU and compares it with a copy that moves as many bytes.
 
     python benchmarks/kernels.py [--device cuda] [--shapes 8,4096,4096,8,2 …] [--dtypes bfloat16 float32] [--out FOLDER]
-    python benchmarks/kernels.py --packages build/old .     # two versions of topn_gating, measured in turns
+    python benchmarks/kernels.py --packages build/old .     # two versions of topn_gating, measured alternately
 
 A time is a median; on a GPU it is that of calls in a replayed CUDA graph, without Python. The bytes are those of the tensors
-that the operator must read and write; of a tensor that it gathers from, the rows that it needs. "of copy" is the time of a
-copy that reads and writes as many bytes, as a share of the operator's time: 100 % is as fast as memory allows. Beside the
-operators stand torch.softmax and torch.topk on the same logits, dispatch and combine as einsums over the dense tensors, and the
-routing of topn_gating.reference, eager and compiled, as Python calls it.
+that the operator must read and write; of a tensor that it gathers from, only the rows that it needs. The percentage after a
+time is the time of a copy that reads and writes as many bytes, divided by the operator's: 100 % is as fast as memory allows.
+For comparison, the table also has torch.softmax and torch.topk on the same logits, dispatch and combine as einsums over the
+dense tensors, and the routing of topn_gating.reference, eager and compiled, timed as Python calls it.
 
 Every shape is measured in a process of its own, and every line is printed as soon as it is measured. A process that crashes or
-hangs costs the line that it was at; the other lines follow in a new process. An interrupt (SIGINT) ends the measurement, and
-the tables of what was measured are still printed.
+hangs loses the line that it was measuring; the other lines follow in a new process. An interrupt (SIGINT) ends the measurement,
+and the tables of what was measured are still printed.
 """
 
 import argparse
@@ -65,9 +65,9 @@ SMALL = [
     Shape(2, 9, 7, 1, 1),
 ]
 TOO_LARGE, NOT_MEASURED = "does not fit", "not measured"
-START_SECONDS = 60  # for a process to import torch, on top of those of its first line
+START_SECONDS = 60  # allowed for importing torch, in addition to the time of the first line
 MARK = "@@ "  # starts the lines that a child process writes for its parent
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # threads that spin at a barrier would take the cores from other work
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # threads that spin at a barrier would slow other work down
 CHILD = [sys.executable, str(Path(__file__).resolve())]
 
 
@@ -89,7 +89,7 @@ class Figure(NamedTuple):
     why: str = NOT_MEASURED
 
     def __str__(self) -> str:
-        """The time, and its share of the copy's."""
+        """Returns the time, and the copy's time as a percentage of it."""
         if self.seconds is None:
             return self.why
         return f"{1e6 * self.seconds:,.1f} µs" + (f" {100 * self.copy / self.seconds:.0f}%" if self.copy else "")
@@ -99,7 +99,7 @@ class Figure(NamedTuple):
 def measure(problem: Problem, name: str, rounds: int) -> Figure:
     """Measures one line."""
     device = problem.device
-    # Asked beforehand: an operator of torch's stable ABI reports an allocation that failed as an error without a type.
+    # Checked before the call: an operator of torch's stable ABI reports an allocation that failed as an error without a type.
     if problem.large_bytes(name) > 0.95 * clock.free_bytes(device):
         return Figure(why=TOO_LARGE)
     try:
@@ -112,14 +112,14 @@ def measure(problem: Problem, name: str, rounds: int) -> Figure:
         clock.release(device)
         return Figure(seconds, moved, clock.copy_seconds(moved, device, rounds))
     except Exception as error:
-        # The end of a capture reports again what failed inside.
+        # If a capture fails inside, its end raises another error, whose context is the first one.
         if any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
             return Figure(why=TOO_LARGE)
         return Figure(why=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}")
 
 
 def child(shape: Shape, lines: Sequence[tuple[str, str]], options: argparse.Namespace) -> None:
-    """Measures lines ``(dtype, name)`` of a shape and tells the parent of each when it begins and when it ends."""
+    """Measures lines ``(dtype, name)`` of a shape and reports to the parent when each begins and ends."""
 
     def tell(**message: object) -> None:
         print(MARK + json.dumps(message), flush=True)
@@ -190,7 +190,7 @@ def messages(command: list[str], environment: dict[str, str], seconds: float) ->
 def measure_all(options: argparse.Namespace) -> Iterator:
     """Yields each line with its figure: the operators of all shapes first, then the comparisons while there is time.
 
-    Of several packages each shape's children take turns; a line's figure is the best of ``--turns``.
+    Several packages are measured alternately, ``--turns`` times each; a line's figure is the best.
     """
     until = time.monotonic() + options.budget
     passes = [[*(options.names or names(options.device)), *(() if options.names else (ROUTE, TOPK))]]
@@ -207,7 +207,7 @@ def measure_all(options: argparse.Namespace) -> Iterator:
 
 
 def tables(figures: dict[Line, Figure], options: argparse.Namespace) -> str:
-    """Returns a compact table for each type: a row a line's name, a column a shape; two packages side by side."""
+    """Returns a table for each type, with a row for each name and a column for each shape; packages share a cell."""
     text = []
     for dtype in options.dtypes:
         heads = [",".join(map(str, shape)) for shape in options.shapes]
@@ -228,7 +228,7 @@ def cell(figures: Sequence[Figure | None]) -> str:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Returns what the figures hold for."""
+    """Returns the machine and the versions on which the figures were measured."""
     build = topn_gating.build_info()
     facts = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "topn_gating": topn_gating.__version__}
     if device == "cpu":
@@ -239,9 +239,9 @@ def machine(device: str) -> dict[str, str]:
 
 
 def once(options: argparse.Namespace) -> None:
-    """Runs operators once, nothing timed: for the smoke test, the sanitizers and the profiler.
+    """Runs operators once without timing them, for the smoke test, the sanitizers and the profiler.
 
-    Only the operators themselves lie between the profiler's start and stop, not what sets their inputs up.
+    The profiler records only the operators, not the setup of their inputs.
     """
     calls = 0
     for shape in options.shapes:
@@ -273,7 +273,7 @@ def variants(problem: Problem, asked: Sequence[str]) -> Iterator[tuple[str, dict
 
 
 def smoke(options: argparse.Namespace) -> int:
-    """Runs each operator in a process of its own, so that a failure has a name; returns how many failed."""
+    """Runs each operator in a process of its own, so that a failure can be attributed; returns the number that failed."""
 
     def run(name: str) -> bool:
         command = [*CHILD, "--once", "--names", name, "--device", options.device, "--dtypes", *options.dtypes]

@@ -16,25 +16,25 @@ SECTOR = 32  # bytes that a GPU reads at least, however few of them are asked fo
 
 
 class Traffic(NamedTuple):
-    """The tensors that an operator must read and write, by the names of its schema: whole, or the parts that it gathers."""
+    """Names, in the schema, of the tensors that an operator must read or write: entirely, or only elements or rows of them."""
 
     whole: str
     pair_elements: str = ""  # one element for each pair that holds a slot
-    pair_sectors: str = ""  # one element for each of them, far from the next, so that a sector is read for each
-    pair_rows: str = ""  # one row for each of them
+    pair_sectors: str = ""  # one element for each of those pairs, scattered, so that a sector is read for each
+    pair_rows: str = ""  # one row for each of those pairs
     token_rows: str = ""  # one row for each token that holds a slot
 
     def bytes(self, tensors: dict[str, Tensor | None], slot: Tensor | None) -> int:
-        """Returns the bytes of one call; ``slot`` says which pairs hold a slot, and a tensor that is None has no bytes."""
+        """Returns the bytes of one call; ``slot`` shows which pairs hold a slot, and a tensor that is None counts 0."""
         pairs, tokens = (0, 0) if slot is None else (int((slot >= 0).sum()), int((slot >= 0).any(-1).sum()))
-        parts: tuple[tuple[str, Callable[[Tensor], int]], ...] = (
+        sizes: tuple[tuple[str, Callable[[Tensor], int]], ...] = (
             (self.whole, lambda t: t.numel() * t.element_size()),
             (self.pair_elements, lambda t: pairs * t.element_size()),
             (self.pair_sectors, lambda t: pairs * SECTOR),
             (self.pair_rows, lambda t: pairs * t.shape[-1] * t.element_size()),
             (self.token_rows, lambda t: tokens * t.shape[-1] * t.element_size()),
         )
-        found = [(tensors[name], size) for names, size in parts for name in names.split()]
+        found = [(tensors[name], size) for names, size in sizes for name in names.split()]
         return sum(size(t) for t, size in found if t is not None)
 
 
@@ -78,7 +78,7 @@ def results_of(name: str, results: Tensor | Sequence[Tensor]) -> dict[str, Tenso
 
 
 class Problem:
-    """The inputs of a shape. Logits and routing are kept; token rows and dense tensors are allocated for each caller."""
+    """The inputs of a shape. It keeps logits and routing; token rows and dense tensors are allocated at each call."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
@@ -168,7 +168,7 @@ class Problem:
         return count * self.dtype.itemsize
 
     def comparison(self, name: str) -> Callable[[], object]:
-        """Returns the call of a line that is no operator."""
+        """Returns the call of a line of the table that is not an operator."""
         if name == ROUTE:
             return self.route
         if name == TOPK:

@@ -1,8 +1,8 @@
-"""Microseconds a call on tensors so small that the kernels take next to nothing: what Python, autograd and the dispatcher cost.
+"""Times calls on tensors so small that the time is the overhead of Python, autograd and the dispatcher, in microseconds.
 
     PYTHONPATH=. python benchmarks/overhead.py [--seconds 1]
 
-Medians on one thread, beside torch's own operators on the same tensors.
+The figures are medians on one thread; torch's own operators on the same tensors are timed for comparison.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Forward = Callable[[], Sequence[Tensor]]
 
 
 def calls() -> Iterator[tuple[str, Forward, Sequence[Tensor]]]:
-    """Names, forward calls, and the tensors to whose gradients the way back leads."""
+    """Yields names, forward calls, and the tensors with respect to which the backward pass differentiates."""
     ours = Ours(Problem.make(SHAPE, torch.float32))
     x, weight = ours.problem.x, ours.problem.weight
     logits = F.linear(x, weight).detach().requires_grad_()
@@ -53,7 +53,7 @@ def calls() -> Iterator[tuple[str, Forward, Sequence[Tensor]]]:
 
 
 def there_and_back(forward: Forward, inputs: Sequence[Tensor]) -> Forward:
-    """``forward``, then the gradients of ``inputs`` from ready-made ones of its outputs."""
+    """Returns a call of ``forward`` and of its backward pass to ``inputs``, from precomputed gradients of the outputs."""
     wanted = [i for i, output in enumerate(forward()) if output.requires_grad]
     grads = [torch.ones_like(forward()[i]) for i in wanted]
 
@@ -65,7 +65,7 @@ def there_and_back(forward: Forward, inputs: Sequence[Tensor]) -> Forward:
 
 
 def microseconds(call: Forward, seconds: float) -> str:
-    """The median time of a call."""
+    """Returns the median time of a call."""
     timer = Timer("call()", globals={"call": call}, num_threads=1)
     return f"{1e6 * timer.blocked_autorange(min_run_time=seconds).median:.1f}"
 

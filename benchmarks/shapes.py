@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Groups, tokens of a group, features, experts, experts of a token."""
+    """Numbers of groups, tokens of a group, features, experts, and experts per token."""
 
     b: int
     n: int
@@ -15,7 +15,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """A shape from ``b,n,d,e,k``."""
+        """Returns the shape that ``b,n,d,e,k`` describes."""
         try:
             sizes = tuple(map(int, text.split(",")))
         except ValueError:

@@ -1,10 +1,10 @@
-"""Tables of Markdown whose columns line up in plain text, too."""
+"""Markdown tables whose columns are also aligned in plain text."""
 
 from collections.abc import Sequence
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table, its head first; the first column is aligned to the left, the others to the right."""
+    """Returns a table whose first row is the head; the first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 

@@ -1,14 +1,13 @@
-"""Changes single tokens of the kernels, of the operators and of the Python package: the tests must fail for each such mutant.
+"""Changes single tokens of the kernels, operators and Python package, and checks that the tests fail for each such mutant.
 
     python tests/mutants.py [--count 200] [--seed 0] [--jobs 2] [--only csrc/cpu] [--list]
 
-Mutants are sampled evenly over the folders of STRATA. Only what includes the changed file is compiled, at -O1 and for one
-instruction set, and linked with the objects that `make test` left; then the quickest tests that can fail run first. A mutant
-that does not compile does not count; one that runs into a limit of time counts as killed. tests/mutants_equivalent.txt lists
-mutants that no test can tell from the original. The exit code says whether less than --least percent are killed or listed.
+Mutants are sampled evenly over the folders of STRATA. Only files that include the changed one are compiled, at -O1 and for one
+instruction set, and linked with the object files of `make test`; the quickest tests that can fail run first. A mutant that does
+not compile is not counted; one that exceeds a time limit counts as killed. tests/mutants_equivalent.txt lists
+mutants that no test can tell from the original. The exit code is 1 if less than --least percent are killed or listed.
 
-Why not universalmutator or mutmut: the one knows no strings and no assertions, the other knows Python alone, and neither
-compiles as little as this.
+universalmutator also changes strings and assertions, mutmut supports only Python, and both would compile more than needed.
 """
 
 import argparse
@@ -39,14 +38,14 @@ STRATA = {
     "csrc/torch": ["csrc/torch/*"],
     "topn_gating": ["topn_gating/*.py"],
 }
-# What this machine does not run: the binding to a GPU, and messages of the command line.
+# Files that the tests of a machine without a GPU do not run, or whose changes they need not notice.
 LEFT_OUT = {"csrc/torch/cuda_backend.cpp", "csrc/torch/no_cuda_backend.cpp", "topn_gating/__main__.py", "csrc/inline.h"}
 OPERATORS = ("gate_backward", "gate", "assign", "dense", "dispatch", "combine", "linear")
 
-# A GPU would fault where x86 reads an address that is not aligned.
+# Flags that make unaligned accesses fail, as on a GPU; x86 would allow them.
 TRAPS = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 STILLBORN, SURVIVED = "stillborn", "SURVIVED"
-NO_TESTS = 5  # pytest's exit code where the selection has none
+NO_TESTS = 5  # pytest's exit code if no test is selected
 
 SWAPS = {
     **{"<": ["<="], "<=": ["<"], ">": [">="], ">=": [">"], "==": ["!="], "!=": ["=="]},
@@ -55,7 +54,7 @@ SWAPS = {
     **{"and": ["or"], "or": ["and"], "not": [""], "!": [""], "is": ["is not"], "in": ["not in"]},
     **{"true": ["false"], "false": ["true"], "True": ["False"], "False": ["True"], "min": ["max"], "max": ["min"]},
 }
-# Operators stand between spaces; without them they belong to a type, a template or a sign.
+# Only operators between spaces are changed; others belong to a type, a template or a sign.
 CPP_TOKEN = re.compile(
     r"(?<= )(?:<<|>>|<=|>=|==|!=|&&|\|\||[+*-]=|[<>+*/%&-])(?= )|!(?=[\w(])|\b(?:true|false|min|max)\b|(?<![\w.'])\d+(?![\w.'])"
 )
@@ -79,14 +78,14 @@ class Mutant(NamedTuple):
 
 
 def replacements(token: str) -> list[str]:
-    """Returns what stands in a token's place."""
+    """Returns the tokens that replace a token."""
     if token.isdigit():
         return [str(int(token) + 1)] + ([str(int(token) - 1)] if token != "0" else [])
     return SWAPS.get(token, [])
 
 
 def cpp_tokens(text: str) -> Iterator[tuple[int, int, str]]:
-    """Yields line, column and text of the tokens of C++ that may change; comments, strings and messages have none."""
+    """Yields line, column and text of the C++ tokens to change, which are none in comments, strings and messages."""
     blank = re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\n])*"', lambda m: re.sub(r"[^\n]", "~", m[0]), text, flags=re.S)
     for number, line in enumerate(blank.split("\n"), 1):
         if not CPP_SKIPPED.search(line):
@@ -95,7 +94,7 @@ def cpp_tokens(text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def python_tokens(text: str) -> Iterator[tuple[int, int, str]]:
-    """The same for Python; annotations, whose lines define functions or fields, have none."""
+    """Yields the same for Python, except for lines that define functions or annotated fields."""
     lines, kinds = text.split("\n"), (tokenize.OP, tokenize.NAME, tokenize.NUMBER)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in kinds:
@@ -126,13 +125,13 @@ def stratum_files(patterns: Sequence[str]) -> list[str]:
 
 
 def equivalents() -> set[tuple[str, str, str]]:
-    """Returns path, line before and line after of the mutants that no test can tell from the original; "*": any change."""
+    """Returns path, line before and line after of the mutants that are equivalent to the original; "*" is any change."""
     blocks = re.findall(r"^(\S+)\n- (.*)\n\+ (.*)\n# .+", EQUIVALENT.read_text(), flags=re.M) if EQUIVALENT.exists() else []
     return {tuple(part.strip() for part in block) for block in blocks}
 
 
 def included(tree: Path, source: Path) -> set[str]:
-    """Returns the files of csrc that a source includes, itself among them, relative to the tree."""
+    """Returns the source itself and the files of csrc that it includes, relative to the tree."""
     found, waiting = set(), [source]
     while waiting:
         file = waiting.pop()
@@ -146,7 +145,7 @@ def included(tree: Path, source: Path) -> set[str]:
 
 
 class Object(NamedTuple):
-    """A source that is compiled, its object file of the build at hand, and the programs that it is linked into."""
+    """A source file, its object file in the existing build, its flags, and the programs that it is linked into."""
 
     source: str
     built: Path
@@ -214,16 +213,16 @@ class Workshop:
         return found
 
     def compile(self, o: Object) -> bool:
-        """Compiles an object in this folder; says whether it compiled."""
+        """Compiles an object in this folder; returns whether it compiled."""
         command = ["g++", "-std=c++17", "-w", "-fPIC", "-Icsrc", *o.flags, "-c", "-o", str(self.own(o)), o.source]
         return subprocess.run(command, cwd=self.folder, capture_output=True).returncode == 0
 
     def own(self, o: Object) -> Path:
-        """Returns where this workshop puts an object."""
+        """Returns the path to which this workshop compiles an object."""
         return self.folder / f"{o.source.replace('/', '_')}.o" if self.base else o.built
 
     def build(self, program: str, changed: str, within: str = "") -> Path | None:
-        """Compiles what includes the changed file and links a program; None where it does not compile.
+        """Compiles the files that include the changed one and links a program; returns None if that fails.
 
         Only sources whose names start with ``within`` are compiled.
         """
@@ -239,7 +238,7 @@ class Workshop:
         return out if done.returncode == 0 else None
 
     def judge(self, mutant: Mutant) -> str:
-        """Returns STILLBORN, SURVIVED, or what killed the mutant."""
+        """Returns STILLBORN, SURVIVED, or the test that killed the mutant."""
         path = self.folder / mutant.path
         original = path.read_text()
         lines = original.split("\n")
@@ -286,7 +285,7 @@ class Workshop:
         return whole.get(folder, [])
 
     def fails(self, command: list[str], environment: dict[str, str], seconds: float) -> bool:
-        """Says whether a command fails, or does not end in time."""
+        """Returns whether a command fails, or does not end in time."""
         try:
             done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""``python benchmarks/peers``: the comparison; ``--help`` lists the options."""
+"""Runs the comparison: ``python benchmarks/peers``; ``--help`` lists the options."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a contender of this benchmark is; topn_gating as one; the floors, which no router of this kind goes below."""
+"""The interface of the contenders; topn_gating as a contender; and the floors, lower bounds of a router's time."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,9 +17,9 @@ EPS, THRESHOLD, CAPACITY_FACTOR = 1e-9, 0.2, 1.25  # the defaults of topn_gating
 
 
 class Problem(NamedTuple):
-    """What every contender gets: the same tokens, the same gate weight, the same slots.
+    """The tokens, gate weight and number of slots that every contender gets.
 
-    ``policy`` "random" asks for the thresholds, "all" for none of them: what peers without thresholds are checked against.
+    ``policy`` "random" applies the thresholds; "all" applies none, to compare with peers that have no thresholds.
     """
 
     shape: Shape
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def make(cls, shape: Shape, dtype: torch.dtype, **options) -> "Problem":
-        """Random tokens, and a weight as ``nn.Linear`` starts with."""
+        """Returns random tokens, and a weight initialised as in ``nn.Linear``."""
         torch.manual_seed(1)
         weight = nn.Linear(shape.d, shape.e, bias=False, dtype=dtype).weight
         x = torch.randn(shape.b, shape.n, shape.d, dtype=dtype, requires_grad=True)
@@ -38,53 +38,53 @@ class Problem(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Slots that an expert has for a group."""
+        """Number of slots of an expert for a group."""
         return topn_gating.expert_capacity(self.shape.n, self.shape.e, self.capacity_factor)
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of one ``(b, n, e, C)`` float32 tensor."""
+        """Size in bytes of one ``(b, n, e, C)`` float32 tensor."""
         return 4 * self.shape.b * self.shape.n * self.shape.e * self.capacity
 
 
 class Contender:
-    """Someone's router on a problem.
+    """A router, on a problem.
 
     Attributes:
-        name: in the table.
-        about: what runs, and where its work differs from that of topn_gating.
+        name: its name in the table.
+        about: what is run, and how its work differs from that of topn_gating.
         install: the command that installs it.
-        same: under the same seed it computes what topn_gating does; if not, it agrees where nothing is dropped.
-        dense_tensors: about how many ``(b, n, e, C)`` float32 tensors it holds at once.
+        same: whether it computes the same as topn_gating under the same seed; else it does so only if nothing is dropped.
+        dense_tensors: the approximate number of ``(b, n, e, C)`` float32 tensors that it holds at once.
     """
 
     name = about = install = ""
     same = True
     dense_tensors: float = 0
 
-    dense: Forward | None = None  # both (b, n, e, C) tensors; None: it has no dense form
+    dense: Forward | None = None  # returns both (b, n, e, C) tensors; None: it has no dense form
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
     @classmethod
     def load(cls) -> None:
-        """Imports the package that it needs, or raises what that import raises."""
+        """Imports the package that it needs; raises what the import raises."""
 
     def gate(self) -> Sequence[Tensor]:
-        """The weights of the routing and the losses: what has a gradient of what the router gives."""
+        """Returns the differentiable results of the router: the weights and the losses."""
         raise NotImplementedError
 
     def full(self, gain: Tensor | None = None) -> Sequence[Tensor]:
-        """Tokens through the router, the experts and back ``(b, n, d)``, and the losses.
+        """Routes the tokens through the experts; returns the outputs ``(b, n, d)`` and the losses.
 
-        The experts are the identity, or multiply by their entry of ``gain`` ``(e,)``.
+        Each expert is the identity, or multiplies by its element of ``gain`` ``(e,)``.
         """
         raise NotImplementedError
 
 
 def scaled(rows: Tensor, gain: Tensor | None) -> Tensor:
-    """Expert outputs of expert inputs ``(…, e, C, d)``."""
+    """Returns the experts' outputs of their inputs ``(…, e, C, d)``."""
     return rows if gain is None else rows * gain[:, None, None]
 
 
@@ -124,7 +124,7 @@ class Ours(Contender):
 
 
 class Floor(Contender):
-    """Not a router: the part of the work that cannot be had for less."""
+    """Not a router, but a part of the work that every router must do."""
 
     full = None
 
@@ -140,7 +140,7 @@ class Products(Floor):
 
 
 class Zeros(Floor):
-    """The dense form's memory, without its numbers."""
+    """The allocation of the dense tensors, without their values."""
 
     name = "floor: compact gate, two torch.zeros"
     about = "topn_gating's compact gate, then two torch.zeros of the dense tensors' size"
@@ -158,9 +158,9 @@ class Zeros(Floor):
 
 
 def compiled(eager: type[Contender]) -> type[Contender]:
-    """``eager`` with everything that is timed under ``torch.compile``, in its default mode.
+    """Returns ``eager`` with all timed functions under ``torch.compile``, in its default mode.
 
-    The numbers of torch.rand stay those of eager torch, so that the same seed still routes alike.
+    torch.rand gives the same numbers as in eager mode, so that the same seed gives the same routing.
     """
 
     functions: dict[Callable, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The peers whose place topn_gating takes: gates that give dense ``(b, n, e, C)`` tensors, which two einsums apply."""
+"""The gates that topn_gating replaces: they return dense ``(b, n, e, C)`` tensors, which two einsums apply."""
 
 import importlib.metadata
 import importlib.util
@@ -18,7 +18,7 @@ class DenseGating(Contender):
 
     @classmethod
     def gating(cls) -> type[nn.Module]:
-        """The peer's class."""
+        """Returns the peer's class."""
         raise NotImplementedError
 
     @classmethod
@@ -58,7 +58,7 @@ class StMoe(DenseGating):
 
 
 class Zeta(DenseGating):
-    """TopNGating of zeta, its one file alone: ``import zeta`` loads dozens of packages."""
+    """TopNGating of zeta, loaded from its file: ``import zeta`` would load dozens of packages."""
 
     name = "zetascale"
     about = "zeta.nn.TopNGating and two einsums; several tokens to a slot for k >= 3, so it then differs"
@@ -69,7 +69,7 @@ class Zeta(DenseGating):
         file = next(f for f in importlib.metadata.files("zetascale") or () if str(f) == "zeta/nn/modules/top_n_gating.py")
         spec = importlib.util.spec_from_file_location("zeta_top_n_gating", file.locate())
         module = importlib.util.module_from_spec(spec)
-        with warnings.catch_warnings():  # beartype dislikes their typing.Tuple
+        with warnings.catch_warnings():  # beartype warns of typing.Tuple
             warnings.simplefilter("ignore")
             spec.loader.exec_module(module)
         return module.TopNGating

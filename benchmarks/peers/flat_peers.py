@@ -1,9 +1,9 @@
-"""Peers that know no groups: all b·n tokens share an expert's b·C slots, so that everyone has the same number.
+"""Peers without groups: all b·n tokens share b·C slots of each expert, so that every contender has the same number of slots.
 
-They have no thresholds and no straight-through gradient, and their balance losses count all ranks. What overflows they drop by
-place, all ranks together (``drop_policy="position"``, which is nearest to topn_gating; by weight, their default, takes them
-about as long). DeepSpeed has no z loss and normalises the weights after the drop. Megatron is given no padding: its expert
-inputs are the kept rows alone. Without a drop all of them agree with ``topn_gating`` under ``policy="all"``.
+They have no thresholds and no straight-through gradient, and their balance losses count all ranks. Overflowing pairs are
+dropped by position, all ranks together (``drop_policy="position"``, the policy closest to topn_gating; dropping by weight,
+their default, is about as fast). DeepSpeed has no z loss and normalises the weights after the drop. Megatron's expert inputs
+are not padded: they are the kept rows. If nothing is dropped, all agree with ``topn_gating`` under ``policy="all"``.
 """
 
 import importlib
@@ -19,20 +19,20 @@ from .contenders import Contender, Problem, scaled
 
 
 class FlatPeer(Contender):
-    """A module of a package, imported once it is asked for."""
+    """A peer whose package is imported by ``load``."""
 
     same = False
     module = ""
 
     @classmethod
     def load(cls) -> None:
-        with warnings.catch_warnings():  # of accelerators that are not there
+        with warnings.catch_warnings():  # about missing accelerators
             warnings.simplefilter("ignore")
             cls.package = importlib.import_module(cls.module)
 
     @property
     def factor(self) -> float:
-        """The capacity factor that gives b·C slots for b·n·k pairs; half a slot less, for they round up."""
+        """The capacity factor that gives b·C slots for b·n·k pairs, less half a slot, since the peers round up."""
         b, n, _, e, k = self.problem.shape
         return (b * self.problem.capacity - 0.5) * e / (b * n * k)
 
@@ -76,7 +76,7 @@ class DeepSpeedSparse(FlatPeer):
 
     @classmethod
     def load(cls) -> None:
-        logging.disable(logging.WARNING)  # of accelerators that are not there
+        logging.disable(logging.WARNING)  # about missing accelerators
         super().load()
         logging.disable(logging.NOTSET)
 
@@ -126,7 +126,7 @@ class Megatron(FlatPeer):
     module = "megatron.core.transformer.moe.moe_utils"
 
     def route(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights and map ``(b·n, e)`` of what is kept, and the losses."""
+        """Returns the weights and the map ``(b·n, e)`` of the kept pairs, and the losses."""
         core, (_, _, _, e, k) = self.package, self.problem.shape
         logits = F.linear(self.problem.x.flatten(0, 1), self.problem.weight)
         router_z_loss = core.z_loss_func(logits, 1.0)

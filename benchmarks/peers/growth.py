@@ -1,4 +1,4 @@
-"""Time and memory of the full path, forward and backward, against the number of tokens; and the picture of it."""
+"""Measures and plots time and memory of the full path, forward and backward, as functions of the number of tokens."""
 
 import argparse
 import math
@@ -24,7 +24,7 @@ COLORS = ("#d62728", "#1f77b4", "#ff7f0e", "#17becf", "#9467bd", "#2ca02c", "#8c
 
 
 def measure(tokens: Sequence[int], kinds: Sequence[type[Contender]], options: argparse.Namespace) -> list[dict]:
-    """Cells of time and memory; a contender that grows too large, too slow or fails is left out of what follows."""
+    """Returns cells of time and memory; one that is too large or slow or fails is not measured on more tokens."""
     cells, kinds = [], list(kinds)
     for n in track(tokens, description="growth", transient=True):
         harness.fresh()
@@ -40,7 +40,7 @@ def measure(tokens: Sequence[int], kinds: Sequence[type[Contender]], options: ar
 
 
 def medians(cells: Sequence[dict], metric: str) -> dict[str, dict[int, float]]:
-    """By contender, then by tokens."""
+    """Returns the medians of a metric by contender, then by number of tokens."""
     found = {}
     for cell in cells:
         if cell["metric"] == metric and cell["values"]:
@@ -49,7 +49,7 @@ def medians(cells: Sequence[dict], metric: str) -> dict[str, dict[int, float]]:
 
 
 def markdown(cells: Sequence[dict]) -> str:
-    """A table of milliseconds and MiB."""
+    """Returns a table of milliseconds and MiB."""
     times, sizes = medians(cells, FULL), medians(cells, MEMORY)
     tokens = sorted({cell["shape"].n for cell in cells})
     lines = [f"| ms / MiB at n = | {' | '.join(f'{n:,}' for n in tokens)} |", f"| --- |{' ---: |' * len(tokens)}"]
@@ -60,7 +60,7 @@ def markdown(cells: Sequence[dict]) -> str:
 
 
 def draw(cells: Sequence[dict], path: Path, caption: str) -> None:
-    """Two log-log panels, every line with its name at its end."""
+    """Draws time and memory in two log-log panels, with each line labelled at its end."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -82,7 +82,7 @@ def draw(cells: Sequence[dict], path: Path, caption: str) -> None:
 
 
 def panel(ax: "Axes", lines: dict[str, dict[int, float]], color: dict[str, str]) -> None:
-    """One metric's lines with their names, and the slopes to hold them against."""
+    """Draws the labelled lines of a metric, and lines proportional to n and n² for comparison."""
     for name, by_n in lines.items():
         line = "--o" if name.endswith("compiled") else "-o"
         ax.plot(by_n.keys(), by_n.values(), line, color=color[name], linewidth=3 if name == Ours.name else 1.6, markersize=4)
@@ -99,7 +99,7 @@ def panel(ax: "Axes", lines: dict[str, dict[int, float]], color: dict[str, str])
 
 
 def guide(ax: "Axes", by_n: dict[int, float], power: int, factor: float, name: str) -> None:
-    """A line of the slope ``power`` beside a contender's."""
+    """Draws a line of slope ``power`` near a contender's."""
     last = max(by_n)
     values = [factor * by_n[last] * (n / last) ** power for n in by_n]
     ax.plot(by_n.keys(), values, ":", color="#888888", linewidth=1.5, zorder=1)
@@ -109,8 +109,8 @@ def guide(ax: "Axes", by_n: dict[int, float], power: int, factor: float, name: s
 
 
 def label_ends(ax: "Axes", lines: dict[str, dict[int, float]], color: dict[str, str]) -> None:
-    """Each line's name right of its last point, those of one column pushed apart."""
-    least = 0.052 * math.log(ax.get_ylim()[1] / ax.get_ylim()[0])  # a line of text
+    """Writes each line's name right of its last point; names that would overlap are moved apart."""
+    least = 0.052 * math.log(ax.get_ylim()[1] / ax.get_ylim()[0])  # height of a line of text
     for last in {max(by_n) for by_n in lines.values()}:
         below = -math.inf
         for name, by_n in sorted(lines.items(), key=lambda item: item[1].get(last, 0)):

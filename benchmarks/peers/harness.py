@@ -1,4 +1,4 @@
-"""Measuring: metrics as calls, rounds in which the contenders take turns, and the check that their work compares."""
+"""Measures contenders: the calls of each metric, interleaved rounds, and the check that all contenders compute the same."""
 
 import gc
 import os
@@ -24,16 +24,16 @@ METRICS = (GATE_FORWARD, GATE, FULL_FORWARD, FULL, DENSE, MEMORY)
 UNITS = dict.fromkeys(METRICS, "ms") | {MEMORY: "MiB"}
 FAILS, TOO_LARGE, DIFFERS = "fails", "too large", "differs"
 
-ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # share of tokens that may differ
-WARM_UP = (1, 2)  # calls; the second of two draws other numbers, for which some compiled code is compiled once more
-ROUND_SECONDS = 0.05  # of one contender in one round, at least
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # never mmap a block, never give the heap back
+ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # largest share of tokens that may differ
+WARM_UP = (1, 2)  # calls of each warm-up; after the second draw of random numbers some code is compiled again
+ROUND_SECONDS = 0.05  # least time of a contender in a round
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # never mmap a block, never shrink the heap
 
 Step = Callable[[], Sequence[Tensor]]
 
 
 class Figure(NamedTuple):
-    """A cell of the table: what every round gave, and page faults a call; or the word that stands there, and why."""
+    """A cell of the table: each round's value and page faults per call, or a word in place of them and its reason."""
 
     values: Sequence[float] = ()
     faults: Sequence[float] = ()
@@ -42,14 +42,14 @@ class Figure(NamedTuple):
 
 
 def restart_with(malloc: str) -> None:
-    """Starts this very command again with the environment that the measurement needs, unless it is there already."""
+    """Restarts this command with the environment that the measurement needs, unless it is already set."""
     wanted = {"OMP_WAIT_POLICY": "passive", "KINETO_LOG_LEVEL": "99"} | (KEEP if malloc == "keep" else {})
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 
 def step_of(contender: Contender, metric: str) -> Step | None:
-    """The call that is timed; None where the contender has no such thing."""
+    """Returns the call that a metric times; None if the contender does not have the metric."""
     kind = {GATE_FORWARD: "gate", GATE: "gate", FULL_FORWARD: "full", FULL: "full", MEMORY: "full", DENSE: "dense"}[metric]
     forward = getattr(contender, kind)
     if forward is None:
@@ -58,7 +58,7 @@ def step_of(contender: Contender, metric: str) -> Step | None:
 
 
 def with_backward(contender: Contender, forward: Step) -> Step:
-    """``forward``, then back to the gradients of x and of the gate's weight from ready-made ones of all outputs."""
+    """Returns a call of ``forward`` and of its backward pass to x and the gate's weight, from precomputed gradients."""
     grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in one_seed(forward)]
     inputs = contender.problem.x, contender.problem.weight
 
@@ -70,7 +70,7 @@ def with_backward(contender: Contender, forward: Step) -> Step:
 
 
 def sample(step: Step, calls: int = 1) -> tuple[float, float]:
-    """Milliseconds and page faults of a call, all under one seed."""
+    """Returns the milliseconds and page faults of a call, from a fixed seed."""
     torch.manual_seed(0)
     faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
     for _ in range(calls):
@@ -80,7 +80,7 @@ def sample(step: Step, calls: int = 1) -> tuple[float, float]:
 
 
 def interleave(steps: dict[str, Step], rounds: int) -> dict[str, Figure]:
-    """``rounds`` samples of every step, each round all of them, in an order that turns."""
+    """Returns ``rounds`` samples of every step; each round runs all steps, in alternating order."""
     calls = {}
     for name, step in steps.items():
         milliseconds = min(sample(step, count)[0] for count in WARM_UP)
@@ -95,23 +95,23 @@ def interleave(steps: dict[str, Step], rounds: int) -> dict[str, Figure]:
 
 
 def peak_mebibytes(step: Step) -> float:
-    """The most that one call holds above what stood before it: outputs and gradients count, inputs do not."""
+    """Returns the most memory that a call holds in addition to what was allocated before it."""
     return peak_bytes(partial(one_seed, step)) / 2**20
 
 
 def one_seed(step: Step) -> Sequence[Tensor]:
-    """Calls the step under the seed of all."""
+    """Calls the step with the seed that all contenders get."""
     torch.manual_seed(0)
     return step()
 
 
 def failed(error: Exception) -> Figure:
-    """The cell of a contender that raised."""
+    """Returns the cell of a contender that raised an error."""
     return Figure(word=FAILS, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
 
 
 def measure_metric(metric: str, contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Figure]:
-    """The cells of a column, by name; a contender that raises gets its own, one without the metric none.
+    """Returns the cells of a column by name; an error is recorded as a cell, and contenders without the metric have none.
 
     A call that takes longer than ``seconds`` is not repeated.
     """
@@ -134,7 +134,7 @@ def measure_metric(metric: str, contenders: Sequence[Contender], rounds: int, se
 
 
 def cells(shape: Shape, dtype: str, metric: str, figures: dict[str, Figure]) -> list[dict]:
-    """The figures as they are written to a file."""
+    """Returns the figures as dicts, as they are written to a file."""
     return [
         {"shape": shape, "dtype": dtype, "metric": metric, "contender": name, **figure._asdict()}
         for name, figure in figures.items()
@@ -142,7 +142,7 @@ def cells(shape: Shape, dtype: str, metric: str, figures: dict[str, Figure]) -> 
 
 
 def admit(kinds: Sequence[type[Contender]], problem: Problem, limit: float) -> tuple[list[Contender], dict[str, Figure]]:
-    """Who may be timed on the problem, and the word of everyone else.
+    """Returns the contenders to time on the problem, and the cells of the others.
 
     ``limit`` bounds the bytes of a contender's dense tensors.
     """
@@ -166,11 +166,11 @@ def admit(kinds: Sequence[type[Contender]], problem: Problem, limit: float) -> t
 
 
 def difference(contender: Contender) -> str | None:
-    """What a contender computes otherwise than topn_gating; None where they agree, or it cannot run at all.
+    """Describes how a contender's results differ from topn_gating's; None if they agree or the contender cannot run.
 
-    The experts differ here, so that outputs are those of topn_gating if each token's experts, weights and way back are. A peer
-    with the same semantics is held against it on the problem itself, under one seed. In half precision many logits are equal,
-    and torch.topk takes any of the equal ones: there more tokens may differ.
+    Each expert multiplies by another number, so that equal outputs mean equal experts, weights and order of the tokens. A peer
+    with the same semantics is compared on the problem itself, with one seed. In half precision many logits are equal, and
+    torch.topk may choose any of them, so more tokens may differ.
     """
     problem = contender.problem
     if not contender.same:
@@ -179,14 +179,14 @@ def difference(contender: Contender) -> str | None:
     ours = one_seed(torch.no_grad()(partial(Ours(problem).full, gain)))[0]
     try:
         theirs = one_seed(torch.no_grad()(partial(contender.full, gain)))[0]
-    except RuntimeError:  # it has no way for this type: the table will say so
+    except RuntimeError:  # it does not support this type, which the table will show
         return None
     unlike = share_unlike(ours, theirs)
     return f"{100 * unlike:.2f} % of the tokens" if unlike > ALLOWED[problem.x.dtype] else None
 
 
 def difference_without_drops(kind: type[Contender], shape: Shape) -> str | None:
-    """The same for other semantics: outputs and gradients of a few tokens, without thresholds and drops."""
+    """Compares a peer of other semantics: outputs and gradients of a few tokens, without thresholds and drops."""
     b, n, d, e, k = shape
     small = Problem.make(Shape(b, min(n, 64), d, e, k), torch.float32, capacity_factor=float(e), policy="all")
     gain = torch.linspace(0.5, 2, e)
@@ -200,11 +200,11 @@ def difference_without_drops(kind: type[Contender], shape: Shape) -> str | None:
 
 
 def share_unlike(ours: Tensor, theirs: Tensor) -> float:
-    """Share of rows that differ: the two must compute the same for their times to compare."""
+    """Returns the share of rows that differ."""
     return (~torch.isclose(ours, theirs, rtol=1e-2, atol=1e-3)).any(-1).double().mean().item()
 
 
 def fresh() -> None:
-    """Forgets what earlier shapes compiled and left, so that each shape is compiled for itself."""
+    """Discards compiled code and garbage of earlier shapes, so that each shape is compiled separately."""
     torch._dynamo.reset()
     gc.collect()

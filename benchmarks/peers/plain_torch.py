@@ -1,6 +1,6 @@
-"""A compact router in plain torch operations: what one would write today without this package, and write well.
+"""A compact router in plain torch operations, as one would write it well without this package.
 
-The numbers are those of ``topn_gating`` under the same seed, losses, thresholds and the straight-through gradient included.
+The results are those of ``topn_gating`` under the same seed, losses, thresholds and the straight-through gradient included.
 Time and memory are linear in the tokens: slots come from one stable sort of the (token, rank) pairs by expert, dispatch is one
 gather of rows, combine one ``embedding_bag``. A one-hot over the experts with a cumulative sum, a gather of ``(n, k, d)`` rows
 with a sum, and ``index_add`` were all slower on the CPU in float32.
@@ -17,17 +17,17 @@ from .contenders import EPS, THRESHOLD, Contender, scaled
 
 
 class Routing(NamedTuple):
-    """Where the pairs are, and what the slots hold; rows count through all groups."""
+    """The slots of pairs and the tokens of slots; row indices are over all groups."""
 
     weight: Tensor  # (b, n, k), 0 where no slot is held
     slot: Tensor  # (b, n, k), row of the expert buffers; b·e·C where none is held
-    token: Tensor  # (b, e, C), row of x; any where the slot is empty
+    token: Tensor  # (b, e, C), row of x; arbitrary where the slot is empty
     one: Tensor  # (b, e, C), 1 with the weight's gradient; 0 where the slot is empty
     losses: tuple[Tensor, Tensor]
 
 
 def route(logits: Tensor, top_n: int, capacity: int, policy: str = "random") -> Routing:
-    """The routing of logits ``(b, n, e)``."""
+    """Returns the routing of logits ``(b, n, e)``."""
     logits = logits.float()
     b, n, e = logits.shape
     gates = logits.softmax(-1)
@@ -52,7 +52,7 @@ def route(logits: Tensor, top_n: int, capacity: int, policy: str = "random") -> 
 
 
 def assign(choice: Tensor, e: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots of pairs and pairs of slots, for the experts ``(b, n, k)`` that the pairs go to, ``e`` for none.
+    """Returns the slots of pairs and the pairs of slots, for the pairs' experts ``(b, n, k)``; ``e`` means none.
 
     Pairs go to their expert's slots rank by rank, each rank in the tokens' order, until the slots are full.
     """
@@ -71,13 +71,13 @@ def assign(choice: Tensor, e: int, capacity: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:
-    """Expert inputs ``(b, e, C, d)`` of tokens ``(b, n, d)``."""
+    """Returns the expert inputs ``(b, e, C, d)`` of tokens ``(b, n, d)``."""
     rows = x.flatten(0, 1).index_select(0, routing.token.flatten())
     return rows.view(*routing.token.shape, -1) * routing.one.to(x.dtype).unsqueeze(-1)
 
 
 def combine(y: Tensor, routing: Routing) -> Tensor:
-    """Tokens ``(b, n, d)`` of expert outputs ``(b, e, C, d)``."""
+    """Returns the tokens ``(b, n, d)`` of expert outputs ``(b, e, C, d)``."""
     rows = y.flatten(0, 2)
     rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])  # the row of pairs without a slot
     slot, weight = routing.slot.flatten(0, 1), routing.weight.flatten(0, 1).to(y.dtype)

@@ -1,4 +1,4 @@
-"""topn_gating beside what one would use instead, on the CPU: same tokens, same gate weight, same capacity, rounds interleaved.
+"""Compares topn_gating with other routers on the CPU: same tokens, gate weight and capacity, in interleaved rounds.
 
     python benchmarks/peers [--shapes 1,8192,512,64,8 …] [--dtypes float32 bfloat16] [--malloc keep|default]
     python benchmarks/peers --growth growth.png
@@ -6,18 +6,18 @@
 What is timed
     gate        from x to the routing and its losses; backward: to the gradients of x and of the gate's weight
     full path   the same through dispatch, identity experts and combine
-    dense gate  to the (b, n, e, C) dispatch and combine tensors, for those who have them
-Forward alone runs without gradients. The gradients that a loss would send are handed in ready-made, so no loss function is
-timed. Peak memory is the most that the full path, forward and backward, holds above what stood before it: inputs, parameters
-and the handed-in gradients are not counted, the output and the gradients that it returns are.
+    dense gate  to the (b, n, e, C) dispatch and combine tensors, for contenders that have them
+Forward alone runs without gradients. The gradients of the outputs are computed beforehand, so no loss function is timed. Peak
+memory is the most that the full path, forward and backward, holds in addition to what was allocated before: inputs, parameters
+and the gradients of the outputs are not counted; the output and the returned gradients are.
 
-Thresholds are drawn as st-moe-pytorch has it by default (the "random" policy) by everyone who has thresholds; DeepSpeed and
-Megatron have none, route every pair and so fill more slots. What each contender is and where its work differs stands below
-the table. Before it is timed each is held against topn_gating (harness.difference).
+Contenders with thresholds apply them randomly, the default of st-moe-pytorch (the "random" policy). DeepSpeed and Megatron have
+none, route every pair and so fill more slots. Below the table, each contender and the differences of its work are described.
+Before a contender is timed, its results are compared with those of topn_gating (harness.difference).
 
-Memory fresh from the kernel costs page faults, which on many machines outweigh the arithmetic. ``--malloc keep`` (the
-default) has glibc keep what was freed, for everyone, as an allocator for training would; ``--malloc default`` leaves
-glibc as it is. glibc reads the setting when a process starts, so the benchmark restarts itself.
+New memory from the operating system costs page faults, which on many machines take longer than the arithmetic. ``--malloc
+keep`` (the default) makes glibc keep freed memory, for all contenders, as an allocator for training would; ``--malloc default``
+keeps glibc's defaults. glibc reads the setting when a process starts, so the benchmark restarts itself.
 """
 
 import argparse
@@ -63,7 +63,7 @@ SHAPES = [
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's options."""
+    """Returns the command's options."""
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(
         prog="python benchmarks/peers",
@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(shape: Shape, dtype: str, kinds: Sequence[type[Contender]], options: argparse.Namespace) -> list[dict]:
-    """The rows of one shape and type: a dict for each cell."""
+    """Returns the cells of one shape and type, a dict each."""
     harness.fresh()
     problem = Problem.make(shape, getattr(torch, dtype))
     admitted, words = harness.admit(kinds, problem, options.gibibytes * 2**30)
@@ -100,7 +100,7 @@ def measure(shape: Shape, dtype: str, kinds: Sequence[type[Contender]], options:
 
 
 def installed(names: Sequence[str], console: Console) -> list[type[Contender]]:
-    """The peers asked for whose packages are there; the others are named."""
+    """Returns the peers of those names whose packages are installed; prints why the others are left out."""
     found = []
     for peer in PEERS:
         if peer.name in names:
@@ -113,7 +113,7 @@ def installed(names: Sequence[str], console: Console) -> list[type[Contender]]:
 
 
 def machine(threads: int) -> dict[str, str]:
-    """What the figures hold for."""
+    """Returns the machine and the versions on which the figures were measured."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     harness.restart_with(options.malloc)
     console = Console(width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(options.threads)
-    torch._logging.set_logs(all=logging.CRITICAL)  # what fails to compile stands in the table
+    torch._logging.set_logs(all=logging.CRITICAL)  # the table shows what fails to compile
     facts = machine(options.threads)
     console.print("\n".join(f"{key:>18}  {value}" for key, value in facts.items()), highlight=False)
     kinds = (Ours, *installed(options.peers, console), Products, Zeros)
@@ -150,4 +150,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.markdown.write_text(text)
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "options": vars(options), "cells": cells}, indent=1, default=str))
-

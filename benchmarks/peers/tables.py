@@ -1,4 +1,4 @@
-"""The figures as a table: for the terminal, and in Markdown."""
+"""Tables of the figures, for the terminal and in Markdown."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -8,18 +8,18 @@ from rich.table import Table
 from .contenders import Contender, Ours
 from .harness import METRICS, UNITS
 
-Section = tuple[tuple, dict[tuple[str, str], dict], list[str]]  # its shape and type, cells by contender and metric, contenders
+Section = tuple[tuple, dict[tuple[str, str], dict], list[str]]  # shape and type, cells by contender and metric, contenders
 
 
 def sections(cells: Sequence[dict], order: Sequence[str]) -> Iterator[Section]:
-    """The cells of each shape and type; the contenders in the order given."""
+    """Yields the section of each shape and type, with the contenders in the given order."""
     for key in dict.fromkeys((cell["shape"], cell["dtype"]) for cell in cells):
         mine = {(c["contender"], c["metric"]): c for c in cells if (c["shape"], c["dtype"]) == key}
         yield key, mine, [name for name in order if any((name, metric) in mine for metric in METRICS)]
 
 
-def parts(cell: dict | None, ours: dict | None) -> tuple[str, str, str]:
-    """Median, quartiles, and the ratio to topn_gating's median: each may be empty."""
+def cell_texts(cell: dict | None, ours: dict | None) -> tuple[str, str, str]:
+    """Returns a cell's median, quartiles, and ratio to topn_gating's median; each may be empty."""
     if cell is None or not cell["values"]:
         return (cell["word"] if cell else ""), "", ""
     middle, values = statistics.median(cell["values"]), cell["values"]
@@ -30,17 +30,17 @@ def parts(cell: dict | None, ours: dict | None) -> tuple[str, str, str]:
 
 
 def number(value: float) -> str:
-    """Three digits or more."""
+    """Formats a number with at least three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def columns(cells: Sequence[dict]) -> list[str]:
-    """The metrics that were measured, in the order of all."""
+    """Returns the metrics that were measured, in the order of METRICS."""
     return [metric for metric in METRICS if any(cell["metric"] == metric for cell in cells)]
 
 
 def rich_table(cells: Sequence[dict], order: Sequence[str], caption: str) -> Table:
-    """The table of the terminal."""
+    """Returns the table for the terminal."""
     title = "topn_gating and its peers: median, ratio to topn_gating, quartiles"
     shown = Table(title=title, caption=caption, caption_justify="left")
     shown.add_column()
@@ -52,14 +52,14 @@ def rich_table(cells: Sequence[dict], order: Sequence[str], caption: str) -> Tab
         for name in names:
             row = []
             for metric in columns(cells):
-                middle, spread, ratio = parts(mine.get((name, metric)), mine.get((Ours.name, metric)))
+                middle, spread, ratio = cell_texts(mine.get((name, metric)), mine.get((Ours.name, metric)))
                 row.append(f"{middle} [bold]{ratio}[/bold]\n[dim]{spread}[/dim]" if spread or ratio else middle)
             shown.add_row(name, *row)
     return shown
 
 
 def markdown(cells: Sequence[dict], order: Sequence[str], caption: str) -> str:
-    """The same for a README."""
+    """Returns the table in Markdown."""
     metrics = columns(cells)
     lines = [f"| | {' | '.join(f'{metric} ({UNITS[metric]})' for metric in metrics)} |", f"| --- |{' ---: |' * len(metrics)}"]
     for (shape, dtype), mine, names in sections(cells, order):
@@ -67,14 +67,14 @@ def markdown(cells: Sequence[dict], order: Sequence[str], caption: str) -> str:
         for name in names:
             row = []
             for metric in metrics:
-                middle, spread, ratio = parts(mine.get((name, metric)), mine.get((Ours.name, metric)))
+                middle, spread, ratio = cell_texts(mine.get((name, metric)), mine.get((Ours.name, metric)))
                 row.append(" ".join(filter(None, (middle, f"({spread})" if spread else "", f"**{ratio}**" if ratio else ""))))
             lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join([*lines, "", f"Median (quartiles) **ratio to topn_gating**; {caption}.", ""])
 
 
 def notes(cells: Sequence[dict], kinds: Sequence[type[Contender]]) -> str:
-    """What each contender is, and the reason of each word in the table, once."""
+    """Describes each contender, and gives the reason of each word in the table once."""
     lines = [f"{kind.name}: {kind.about}" for kind in kinds]
     reasons = {}
     for cell in cells:

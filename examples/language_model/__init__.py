@@ -1,1 +1,1 @@
-"""A small Mixture-of-Experts language model, trained through the compact path of topn_gating."""
+"""A small Mixture-of-Experts language model, trained with the compact path of topn_gating."""

@@ -33,7 +33,7 @@ class Corpus(NamedTuple):
 
 
 def source_files() -> list[Path]:
-    """The standard library's top-level modules (so neither site-packages nor test folders), sorted by name."""
+    """Returns the files of the standard library's top-level modules, sorted by name; no site-packages, no test folders."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(folder.glob("*.py"))
     if not files:
@@ -42,12 +42,12 @@ def source_files() -> list[Path]:
 
 
 def split_files(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Train files and held-out files: every eighth file is held out."""
+    """Returns the training files and the held-out files, which are every eighth file."""
     return [f for i, f in enumerate(files) if i % HELD_OUT_EVERY], files[::HELD_OUT_EVERY]
 
 
 def load_corpus(max_bytes: int = MAX_BYTES) -> Corpus:
-    """Both halves of the text, cut to ``max_bytes`` in all, each in proportion to its share of the files."""
+    """Returns both parts of the text, of at most ``max_bytes`` together, each cut in proportion to its share of files."""
     train, held_out = split_files(source_files())
     cut = max_bytes // HELD_OUT_EVERY
     return Corpus(_read(train, max_bytes - cut), _read(held_out, cut))
@@ -59,12 +59,12 @@ def _read(files: list[Path], max_bytes: int) -> Tensor:
 
 
 def random_windows(text: Tensor, count: int, length: int) -> Tensor:
-    """``(count, length)`` int64: windows of ``text`` at random offsets."""
+    """Returns int64 windows ``(count, length)`` of ``text`` at random offsets."""
     return _windows(text, torch.randint(len(text) - length + 1, (count,)), length)
 
 
 def even_windows(text: Tensor, count: int, length: int) -> Tensor:
-    """``(count, length)`` int64: windows at evenly spaced offsets, the same at every call."""
+    """Returns int64 windows ``(count, length)`` of ``text`` at evenly spaced offsets, the same at every call."""
     return _windows(text, torch.linspace(0, len(text) - length, count, dtype=torch.float64).long(), length)
 
 
@@ -73,13 +73,13 @@ def _windows(text: Tensor, offsets: Tensor, length: int) -> Tensor:
 
 
 def unigram_entropy(text: Tensor) -> float:
-    """Entropy in nats per byte of the byte frequencies: the least loss of a model that reads no context."""
+    """Returns the entropy of the byte frequencies in nats per byte, the least loss of a model without context."""
     p = torch.bincount(text.flatten().long(), minlength=256).double() / text.numel()
     return torch.special.entr(p).sum().item()
 
 
 def byte_kinds(data: Tensor) -> Tensor:
-    """Index into :data:`BYTE_KINDS` of each byte of ``data``, int64 of the same shape."""
+    """Returns the index into :data:`BYTE_KINDS` of each byte of ``data``, int64 of the same shape."""
     table = torch.empty(256, dtype=torch.long)
     for index, members in enumerate(BYTE_KINDS.values()):
         table[list(members)] = index

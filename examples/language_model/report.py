@@ -1,4 +1,4 @@
-"""The demo's tables and its picture."""
+"""Tables and picture of the demo's results."""
 
 import math
 from collections.abc import Iterator
@@ -38,9 +38,9 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Results:
-    """All that a run found.
+    """The results of a run.
 
-    ``entropy`` is the unigram entropy, in nats per byte, of the very bytes that ``before`` and ``after`` predict.
+    ``entropy`` is the unigram entropy, in nats per byte, of the bytes that ``before`` and ``after`` predict.
     """
 
     settings: Settings
@@ -51,7 +51,7 @@ class Results:
 
     @property
     def learned(self) -> bool:
-        """Whether the held-out loss went below what a model without context can reach."""
+        """Whether the held-out loss is lower than a model without context can reach."""
         return self.after.loss < self.entropy
 
     @property
@@ -61,7 +61,7 @@ class Results:
 
     @property
     def passed(self) -> bool:
-        """Whether the demo shows what it is to show."""
+        """Whether the model has learned and every expert is used."""
         return self.learned and not self.dead
 
 
@@ -183,7 +183,7 @@ def _draw_kinds(axes: Axes, received: Tensor) -> None:
 
 
 def _moving_average(values: Tensor, reach: int) -> Tensor:
-    """Mean of ``values`` ``(steps, …)`` over ``reach`` steps to each side, over those that exist at the ends."""
+    """Returns the mean of ``values`` ``(steps, …)`` over ``reach`` steps to each side, fewer at the ends."""
     total = torch.cat([torch.zeros_like(values[:1]), values.cumsum(0)])
     steps = torch.arange(len(values))
     low, high = (steps - reach).clamp(min=0), (steps + reach + 1).clamp(max=len(values))

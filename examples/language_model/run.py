@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(settings: "Settings", console: "Console") -> "Results":
-    """Trains a model and evaluates it before and after. The same seed gives the same losses."""
+    """Trains a model and evaluates it before and after training. The same seed gives the same losses."""
     from .report import Results
     from .train import LanguageModel, evaluate, train
 

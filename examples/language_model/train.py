@@ -26,7 +26,7 @@ EVAL_BATCH = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes, length and seed of a run."""
+    """The sizes of the model, and the length and seed of its training."""
 
     steps: int
     seed: int
@@ -45,7 +45,7 @@ class Settings:
 class Embedding(nn.Module):
     """The sum of one vector for each of the last four bytes.
 
-    It gives the model spelling and nearby order from the first step, so that attention needs no position.
+    It encodes the order of nearby bytes, so that attention needs no position encoding.
     """
 
     def __init__(self, dim: int) -> None:
@@ -54,7 +54,7 @@ class Embedding(nn.Module):
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, data: Tensor) -> Tensor:
-        """``(…, n, dim)`` of bytes ``(…, n)``."""
+        """Returns embeddings ``(…, n, dim)`` of bytes ``(…, n)``."""
         recent = F.pad(data, (RECENT - 1, 0)).unfold(-1, RECENT, 1)  # (…, n, RECENT)
         return self.table(recent + BYTES * torch.arange(RECENT, device=data.device)).sum(-2)
 
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a Mixture of Experts, each on a normalised copy and added to its input."""
+    """Attention, then a Mixture of Experts, each applied to its normalised input and added to the input."""
 
     def __init__(self, dim: int, experts: int) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Tokens ``(…, n, dim)`` and how they were routed.
+        """Returns tokens ``(…, n, dim)`` and their routing.
 
-        ``self.moe(tokens)`` does the same in one call; step by step, this also returns the routing.
+        ``self.moe(tokens)`` computes the same outputs in one call, but does not return the routing.
         """
         x = x + self.attention(x)
         tokens = self.norm(x)
@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
         self.to_logits = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, BYTES, bias=False))
 
     def forward(self, data: Tensor) -> tuple[Tensor, list[Routing]]:
-        """Logits ``(batch, n, 256)`` of the byte after each of ``data`` ``(batch, n)``, and one routing per block."""
+        """Returns the logits ``(batch, n, 256)`` of the byte after each byte of ``data``, and a routing for each block."""
         x = self.embedding(data)
         routings = []
         for block in self.blocks:
@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
         return self.to_logits(x), routings
 
     def aux_loss(self, routings: list[Routing]) -> Tensor:
-        """The blocks' balance and router z losses, weighted as ``MoE.forward`` weights them."""
+        """Returns the sum of the blocks' balance and router z losses, weighted as ``MoE.forward`` weights them."""
         return sum(
             block.moe.balance_loss_coef * routing.balance_loss + block.moe.router_z_loss_coef * routing.router_z_loss
             for block, routing in zip(self.blocks, routings, strict=True)
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
 
 
 class Evaluation(NamedTuple):
-    """Loss in nats per byte, and how many tokens of each kind each expert received, ``(layers, e, kinds)``."""
+    """The loss in nats per byte, and the number of tokens of each kind that each expert received ``(layers, e, kinds)``."""
 
     loss: float
     received: Tensor
@@ -145,15 +145,15 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class History:
-    """What training left behind: one entry a step, but for ``held_out``."""
+    """Figures of training, one for each step; ``held_out`` has one for each evaluation."""
 
     loss: list[float] = field(default_factory=list)
     dropped: list[float] = field(default_factory=list)
-    load: list[Tensor] = field(default_factory=list)  # (layers, e): share of the layer's slots held
+    load: list[Tensor] = field(default_factory=list)  # (layers, e), each expert's share of the layer's filled slots
     held_out: list[tuple[int, float]] = field(default_factory=list)  # step, loss
 
     def add(self, loss: Tensor, routings: list[Routing]) -> None:
-        """Appends a step."""
+        """Appends the figures of a step."""
         self.loss.append(loss.item())
         self.dropped.append(torch.stack([r.drop_fraction for r in routings]).mean().item())
         load = torch.stack([r.load.flatten(0, -2).sum(0) for r in routings])
@@ -161,14 +161,14 @@ class History:
 
 
 def next_byte_loss(model: LanguageModel, windows: Tensor) -> tuple[Tensor, list[Routing]]:
-    """Cross-entropy in nats per byte of windows ``(batch, n + 1)``, and the routings."""
+    """Returns the cross-entropy in nats per byte of windows ``(batch, n + 1)``, and the routings."""
     logits, routings = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, -2), windows[:, 1:].flatten()), routings
 
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, windows: Tensor) -> Evaluation:
-    """The model in eval mode on windows ``(batch, n + 1)``."""
+    """Evaluates the model, in eval mode, on windows ``(batch, n + 1)``."""
     model.eval()
     total, received = 0.0, 0
     for part in windows.split(EVAL_BATCH):
@@ -181,14 +181,14 @@ def evaluate(model: LanguageModel, windows: Tensor) -> Evaluation:
 
 
 def received_by_kind(routing: Routing, kinds: Tensor) -> Tensor:
-    """How many tokens of each kind each expert received, ``(e, kinds)``, from the tokens' kinds ``(…, n)``."""
+    """Returns the number of tokens of each kind that each expert received ``(e, kinds)``, from their kinds ``(…, n)``."""
     shape = routing.source.shape[-2], len(BYTE_KINDS)
     cell = routing.expert * shape[1] + kinds.unsqueeze(-1)
     return torch.bincount(cell[routing.slot >= 0], minlength=math.prod(shape)).view(shape)
 
 
 def train(model: LanguageModel, text: Tensor, held_out: Tensor, settings: Settings) -> History:
-    """Trains on random windows of ``text`` with AdamW, and evaluates on the windows ``held_out`` now and then on the way."""
+    """Trains on random windows of ``text`` with AdamW, and evaluates at regular steps on ``held_out``."""
     history = History()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_cosine(step / settings.steps))
@@ -212,7 +212,7 @@ def train(model: LanguageModel, text: Tensor, held_out: Tensor, settings: Settin
 
 
 def warm_up_and_cosine(progress: float) -> float:
-    """Share of the full learning rate at a progress from 0 to 1: linear warm-up, then a cosine to 0."""
+    """Returns the share of the full learning rate at a progress from 0 to 1: linear warm-up, then a cosine to 0."""
     if progress < WARM_UP:
         return (progress + 0.01) / (WARM_UP + 0.01)
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))

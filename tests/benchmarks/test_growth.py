@@ -1,4 +1,4 @@
-"""Memory grows linearly with the tokens, to a million of them: allocations are counted, not seconds."""
+"""Tests that memory grows linearly with the number of tokens, up to a million, by counting allocations."""
 
 import itertools
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from memory import memory_changes, peak_bytes
 import topn_gating
 
 DIM, EXPERTS, TOP_N = 4, 16, 4
-CONSTANT = 4096  # bytes that may come on top, for any number of tokens
+CONSTANT = 4096  # bytes of additional growth that are allowed, for any number of tokens
 
 
 class Allocations(NamedTuple):
-    """How many a step made, their bytes, and the most bytes that it held at a time."""
+    """The number of a step's allocations, their total bytes, and the most bytes that it held at once."""
 
     count: int
     total: int
@@ -21,28 +21,28 @@ class Allocations(NamedTuple):
 
 
 def allocations(step):
-    """What the allocator saw of ``step``."""
+    """Returns the allocations of ``step``."""
     changes = memory_changes(step)
-    made = [size for size in changes if size > 0]
-    return Allocations(len(made), sum(made), max(itertools.accumulate(changes, initial=0)))
+    sizes = [size for size in changes if size > 0]
+    return Allocations(len(sizes), sum(sizes), max(itertools.accumulate(changes, initial=0)))
 
 
 def compact(x, gate):
-    """Gate, dispatch, combine, with the losses."""
+    """Returns the outputs of gate, dispatch and combine, and the losses."""
     routing = gate.route(x)
     out = topn_gating.combine(topn_gating.dispatch(x, routing), routing)
     return out, routing.balance_loss, routing.router_z_loss
 
 
 def dense(x, gate):
-    """The same through the dense tensors."""
+    """Returns the same, computed with the dense tensors."""
     dispatch, combine, *losses = gate(x)
     rows = torch.einsum("bnd,bnec->becd", x, dispatch)
     return torch.einsum("becd,bnec->bnd", rows, combine), *losses
 
 
 def forward_and_backward(path, tokens):
-    """A step of ``path``: to the gradients of the tokens and of the gate's weight."""
+    """Returns a step of ``path``, which computes the gradients of the tokens and of the gate's weight."""
     gate = topn_gating.TopNGating(DIM, EXPERTS, top_n=TOP_N)
     x = torch.randn(1, tokens, DIM, requires_grad=True)
     grads = [torch.randn(1, tokens, DIM), torch.ones(()), torch.ones(())]
@@ -50,7 +50,7 @@ def forward_and_backward(path, tokens):
 
 
 def growth(path, sizes):
-    """Allocations for each number of tokens, after a first call that may set up what stays."""
+    """Returns the allocations for each number of tokens, after a first call, which may allocate what is kept."""
     forward_and_backward(path, sizes[0])()
     return [allocations(forward_and_backward(path, n)) for n in sizes]
 

@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py and gpu_check.sh on the CPU: byte counts, the table, crashes, hangs, and limits of time."""
+"""Tests of benchmarks/kernels.py and gpu_check.sh on the CPU: byte counts, the table, crashes, hangs and time limits."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from topn_gating.registry import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 TINY = ["2,40,8,4,2", "1,9,3,2,1"]
-# A child that fails in its own way at `dense`, and measures all else as usual.
+# Source of a child process that fails when it measures `dense`, and measures the other lines as usual.
 FAULTY_CHILD = """
 import os, sys, time
 sys.path.insert(0, {benchmarks!r})
@@ -36,7 +36,7 @@ sys.exit(kernels.main())
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Child processes find the package that the tests run."""
+    """Makes child processes import the package that is tested."""
     monkeypatch.setenv("PYTHONPATH", str(Path(topn_gating.__file__).parents[1]))
     monkeypatch.setattr(clock, "SECONDS", 0)
     return os.environ
@@ -121,7 +121,7 @@ def test_launches_are_listed():
 
 
 def rows(text, name):
-    """The cells of each table's row of that name."""
+    """Returns the cells of the rows of that name, one row for each table."""
     lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line[1:]] for line in lines if line[0].strip() == name]
 
@@ -178,7 +178,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 @pytest.fixture
 def gpu_check(environment, tmp_path):
-    """Runs the script on the CPU: exit code, what it printed, and the folder that it wrote."""
+    """Runs the script on the CPU; returns its exit code, its output, and the folder that it wrote."""
 
     def run(*steps, **settings):
         found = {"DEVICE": "cpu", "PYTHON": sys.executable, "OUT": str(tmp_path / "out")} | settings
@@ -192,7 +192,7 @@ def gpu_check(environment, tmp_path):
 def test_gpu_check_writes_logs_and_results(gpu_check):
     table = f"--shapes {TINY[0]} --rounds 1 --names gate --dtypes float32"
     code, said, out = gpu_check("tests", "table", TESTS="tests/test_build.py -k test_build_info -p no:xdist", TABLE=table)
-    assert code == 1  # without xdist there is no -n
+    assert code == 1  # pytest without xdist does not know the option -n
     assert "== tests: FAILED with 4" in said
     assert "== table: ended well" in said
     assert said.splitlines()[-1] == "== failed: tests"

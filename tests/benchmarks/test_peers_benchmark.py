@@ -1,4 +1,4 @@
-"""benchmarks/peers and overhead.py on tiny shapes: who is compared, what is said of the others, table, picture."""
+"""Tests of benchmarks/peers and overhead.py on tiny shapes: the contenders, the reasons for missing ones, table and plot."""
 
 import json
 
@@ -22,7 +22,7 @@ SHAPES = ["1,60,16,4,2", "2,40,16,8,3"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """As after the tool has started itself again."""
+    """Sets the environment that the tool sets when it restarts itself."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     monkeypatch.setattr(harness, "ROUND_SECONDS", 0)
@@ -33,7 +33,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def bench(tmp_path):
-    """Runs the tool on tiny shapes: cells by contender, metric and type, and the Markdown."""
+    """Runs the tool on tiny shapes; returns its cells and its Markdown table."""
 
     def run(*arguments, names, shapes=SHAPES):
         files = ["--json", str(tmp_path / "cells.json"), "--markdown", str(tmp_path / "table.md")]
@@ -46,7 +46,7 @@ def bench(tmp_path):
 
 
 def load(peer):
-    """Skips without the peer's package."""
+    """Imports the peer's package; skips the test if it is not installed."""
     try:
         peer.load()
     except Exception as error:
@@ -54,7 +54,7 @@ def load(peer):
 
 
 def words(cells, **where):
-    """The words in place of figures, and "" for figures, of the cells that fit."""
+    """Returns the words in the matching cells; a figure counts as ""."""
     return {c["word"] for c in cells if all(c[key] == value for key, value in where.items())}
 
 
@@ -117,7 +117,7 @@ def test_peers_without_groups_have_the_same_number_of_slots(peer):
     problem = Problem.make(Shape(3, 70, 8, 5, 2), torch.float32)
     with torch.no_grad():
         problem.x.abs_()
-        problem.weight.zero_()[:2] = 1  # all want the same two experts
+        problem.weight.zero_()[:2] = 1  # all tokens choose the same two experts
     contender = peer(problem)
     with torch.no_grad():
         weight = contender.gate()[0]
@@ -184,7 +184,7 @@ def test_growth(bench, tmp_path, capsys):
     arguments = ["--growth", str(picture), "--tokens", "32", "64", "128", "--gibibytes", "0.001"]
     cells, markdown = bench(*arguments, names=[StMoe.name, PlainTorch.name])
     assert picture.read_bytes().startswith(b"\x89PNG")
-    tokens = {c["contender"]: c["shape"][1] for c in cells if c["values"]}  # the largest, which comes last
+    tokens = {c["contender"]: c["shape"][1] for c in cells if c["values"]}  # the last value of each contender is its largest
     assert tokens[Ours.name] == 128 > tokens[StMoe.name]
     assert {c["metric"] for c in cells} == {harness.FULL, harness.MEMORY}
     assert f"| {PlainTorch.name} |" in markdown

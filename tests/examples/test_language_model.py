@@ -1,4 +1,4 @@
-"""The demo: its command line, its data, its model, and what its figures rest on."""
+"""Tests of the demo: command line, data, model, and the computation of its results."""
 
 import importlib.util
 import math
@@ -138,7 +138,7 @@ def test_a_later_byte_changes_no_earlier_output(tiny):
     assert not torch.allclose(after[:, 20:], before[:, 20:])
 
 
-def test_block_is_the_moe_layer_taken_apart(tiny):
+def test_block_equals_the_moe_layer(tiny):
     from language_model.train import LanguageModel
 
     model = LanguageModel(tiny)
@@ -153,7 +153,7 @@ def test_block_is_the_moe_layer_taken_apart(tiny):
     torch.testing.assert_close(model.aux_loss([routing, routing]), 2 * expected.total_aux_loss)
 
 
-def test_what_experts_took_adds_up(tiny):
+def test_received_tokens_add_up(tiny):
     from language_model.data import byte_kinds
     from language_model.train import LanguageModel, evaluate
 
@@ -198,7 +198,7 @@ def test_training_learns(tiny):
     settings = Settings(**TINY | {"steps": 100})
     history = train(LanguageModel(settings), text, text[: 2 * tiny.context].view(2, -1).long(), settings)
     assert history.loss[0] > 4.5
-    assert history.loss[-1] < 0.5 < math.log(8)  # less than a model without context can reach
+    assert history.loss[-1] < 0.5 < math.log(8)  # lower than a model without context can reach
     assert [step for step, _ in history.held_out] == list(range(12, 100, 12))
 
 
@@ -247,7 +247,7 @@ def test_moving_average():
 def test_demo_draws_its_picture_and_fails_where_nothing_was_learned(tmp_path, capsys):
     picture = tmp_path / "picture.png"
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    assert run.main([*options, "--out", str(picture)]) == 1  # three steps teach nothing
+    assert run.main([*options, "--out", str(picture)]) == 1  # three steps are too few to learn
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
     out = capsys.readouterr().out

@@ -94,9 +94,7 @@ def complaint(folder, tool, barrier):
     """Returns a line of what the program reports with the barrier left out; None if it ends without an error."""
     environment = {**os.environ, "DELETED_BARRIER": str(barrier), "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0"}
     try:
-        done = subprocess.run(
-            [folder / tool, "--quick"], capture_output=True, text=True, timeout=SECONDS, env=environment
-        )
+        done = subprocess.run([folder / tool, "--quick"], capture_output=True, text=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return f"no end after {SECONDS} s"
     if done.returncode == 0:
