@@ -305,7 +305,8 @@ def python_tests(path: str) -> list[str]:
     found = [name for name in own if (ROOT / name).exists()]
     if path.startswith("topn_gating"):
         return [*found, "tests/modules", "tests/ops", "tests/torch_modes"]
-    return found or ["tests/ops"]
+    checks = ["tests/modules/test_bad_input.py"] if path.startswith("csrc/torch") else []
+    return checks + (found or ["tests/ops"])
 
 
 def main() -> int:

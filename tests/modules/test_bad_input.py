@@ -241,6 +241,13 @@ def test_numpy_scalars_are_numbers():
     assert MoE(np.int64(8), np.int64(4), expert_hidden_mult=np.float32(2))(torch.zeros(3, 8)).outputs.shape == (3, 8)
 
 
+def test_largest_numbers_of_float32_are_finite():
+    largest = torch.finfo(torch.float32).max
+    for noise_mult in (largest, -largest):
+        routed(noise_mult=noise_mult)
+    routed(capacity_factor=largest)
+
+
 def test_arguments_of_moe():
     check(lambda: MoE(8, 4, experts=lambda x: x), TypeError, "experts", "torch.nn.Module", "function")
     check(lambda: MoE(8, 4, gating_top_n=5), ValueError, "top_n", "4", "5")
