@@ -57,8 +57,9 @@ __device__ __forceinline__ void store_part(T* out, const Pack<T, Count>& pack, i
   store_pack(out + at, pack);
 }
 
+// Four blocks a multiprocessor: without the number the compiler spills registers on sm_100 to hold more.
 template <class T, int Count>
-__global__ void __launch_bounds__(SIMT_BLOCK_THREADS) dense_chunks(DenseTask task) {
+__global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 4) dense_chunks(DenseTask task) {
   const Dense& a = task.dense;
   using Weight = ComputeType<T>;
   constexpr int64_t chunk = int64_t(kWarp) * Count;
@@ -70,8 +71,8 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) dense_chunks(DenseTask tas
 
   for (int64_t start = warp * kChunksPerWarp * chunk; start < size; start += warps * kChunksPerWarp * chunk) {
     const int64_t end = start + kChunksPerWarp * chunk < size ? start + kChunksPerWarp * chunk : size;
-    int64_t token = start / row;  // the token of element `first`
-    int64_t found = -1;           // the pair whose entry lane 0 holds
+    int64_t token = quotient(start, row);  // the token of element `first`
+    int64_t found = -1;                    // the pair whose entry lane 0 holds
     Entry<Weight> entry;
     for (int64_t first = start; first < end; first += chunk) {
       while ((token + 1) * row <= first) ++token;
