@@ -57,6 +57,21 @@ def test_leading_dimensions_and_nothing(backend, lead):
     assert [g.shape for g in backward(backend, a, x, grad_y)] == [x.shape, a.slot.shape]
 
 
+@pytest.mark.parametrize(("group", "expert", "slot"), [(0, 0, 2), (0, 1, -1), (0, 3, 0), (1, -1, 1)])
+def test_a_slot_just_outside_its_expert_is_not_held(backend, group, expert, slot):
+    """Even where the neighbour's slot, which lies at that place in memory, names the pair as its source."""
+    experts, capacity = 3, 2
+    place = (group * experts + expert) * capacity + slot
+    source = torch.full((2, experts, capacity), -1, dtype=torch.int32)
+    source.view(-1)[place] = 0
+    chosen, slots = torch.zeros(2, 1, 1, dtype=torch.int32), torch.full((2, 1, 1), -1, dtype=torch.int32)
+    chosen[group], slots[group] = expert, slot
+    a = Assignment(torch.ones(2, 1, 1), chosen, slots, source)
+    assert not dispatch(backend, a, torch.ones(2, 1, 4)).any()
+    assert not backend("combine", torch.ones(*source.shape, 4), a.weight, *a.indices).any()
+    assert not any(t.any() for t in backend("dense", a.weight, *a.indices, torch.float32, True))
+
+
 def test_a_bad_row_goes_to_its_own_slots_alone(backend):
     a = assignment((2, 29), 6, 2, 5)
     x, grad_y = rows(a, 8)
