@@ -274,6 +274,13 @@ def test_gradient_of_each_output(backend, given):
     assert_near(case.backward(backend, grads), case.oracle_gradient(grads))
 
 
+def test_gradient_of_one_times_the_z_loss(backend):
+    """Of two tokens, where the factor of a token's logsumexp is exactly 1."""
+    case = gate_case((1, 2, 7), 2, dtype=torch.float64)
+    grads = None, None, None, torch.ones((), dtype=torch.float64)
+    assert_near(case.backward(backend, grads), case.oracle_gradient(grads))
+
+
 def test_gradient_of_nothing_is_zero(backend):
     assert not gate_case((2, 9, 7), 2).backward(backend, (None,) * 4).any()
 
