@@ -251,3 +251,11 @@ def test_the_gate_has_it_under_the_peers_name():
     assert isinstance(gate.to_gates, torch.nn.Linear)
     assert gate.to_gates.bias is None
     assert set(gate.state_dict()) == {"to_gates.weight", "threshold_train", "threshold_eval"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_feature_and_one_expert(device):
+    x, weight = torch.ones(3, 1, device=device), torch.ones(1, 1, device=device)
+    assert torch.ops.topn_gating.linear(x, weight).shape == (3, 1)
+    grads = torch.ops.topn_gating.linear_backward(x, x, weight, True, True)
+    assert [g.shape for g in grads] == [x.shape, weight.shape]
