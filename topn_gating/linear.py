@@ -1,8 +1,8 @@
 """The gate's matrix product (docs/spec.md, step 2) and, on the CPU, its gradients in one pass over the tokens.
 
-The operator ``linear`` (``csrc/cpu/linear-inl.h``) computes in float32 what torch has no instructions for on this CPU. Logits of
-every other type are those of ``F.linear``, to the bit, so that tokens go where the peers send them; their gradients come from
-``linear_backward`` all the same.
+The operator ``linear`` (``csrc/cpu/linear-inl.h``) computes products of half types in float32 where this CPU has no
+instructions for them. Logits of every other type are those of ``F.linear``, to the bit, so that tokens go where the peers
+send them; their gradients come from ``linear_backward`` all the same.
 """
 
 import torch
