@@ -234,3 +234,12 @@ def test_training_lowers_the_loss(moe, x):
         optimizer.step()
         history.append(error.item())
     assert sum(history[-5:]) < 0.5 * sum(history[:5])
+
+
+def test_experts_start_as_linear_layers_do():
+    experts = topn_gating.Experts(16, 8)
+    for weight, bias in ((experts.weight_in, experts.bias_in), (experts.weight_out, experts.bias_out)):
+        fan_in = weight.shape[1]
+        for t in (weight, bias):
+            assert 0.9 < t.abs().max() * fan_in**0.5 <= 1 + 1e-6
+    assert (experts.mult_bias == 1).all()
