@@ -1,4 +1,4 @@
-"""Markdown tables whose columns are also aligned in plain text."""
+"""Numbers, and Markdown tables whose columns are also aligned in plain text."""
 
 from collections.abc import Sequence
 
@@ -13,3 +13,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
         return f"| {' | '.join(padded)} |"
 
     return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
+
+
+def number(value: float) -> str:
+    """Formats a number with at least three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import track
+from rounds import fresh
 from shapes import Shape
 
 from . import harness
@@ -27,7 +28,7 @@ def measure(tokens: Sequence[int], kinds: Sequence[type[Contender]], options: ar
     """Returns cells of time and memory; one that is too large or slow or fails is not measured on more tokens."""
     cells, kinds = [], list(kinds)
     for n in track(tokens, description="growth", transient=True):
-        harness.fresh()
+        fresh()
         problem = Problem.make(Shape(1, n, DIM, EXPERTS, TOP_N), torch.float32)
         admitted, words = harness.admit(kinds, problem, options.gibibytes * 2**30)
         times = harness.measure_metric(FULL, admitted, options.rounds, options.seconds)

@@ -21,20 +21,17 @@ keeps glibc's defaults. glibc reads the setting when a process starts, so the be
 """
 
 import argparse
-import json
 import logging
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import command
 import torch
 from rich.console import Console
 from rich.progress import track
+from rounds import fresh
 from shapes import Shape
-
-import topn_gating
 
 from . import growth, harness, tables
 from .contenders import Contender, Ours, Problem, Products, Zeros, compiled
@@ -65,31 +62,20 @@ SHAPES = [
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command's options."""
     names = [peer.name for peer in PEERS]
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/peers",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command.options("python benchmarks/peers", __doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=SHAPES, metavar="b,n,d,e,k")
     parser.add_argument("--peers", nargs="*", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--metrics", nargs="+", choices=harness.METRICS, default=harness.METRICS, metavar="METRIC")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--malloc", choices=("keep", "default"), default="keep")
     parser.add_argument("--gibibytes", type=float, default=6, help="of dense tensors, above which a peer is left out")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="writes machine, options and every sample there")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="writes the table there")
     parser.add_argument("--growth", type=Path, metavar="PNG", help="draws time and memory against tokens there, instead")
-    parser.add_argument("--tokens", nargs="+", type=int, default=growth.TOKENS, help="of --growth")
-    slow = "a call that takes longer is not repeated, and in --growth gets no more tokens"
-    parser.add_argument("--seconds", type=float, default=10, help=slow)
+    tokens = "of --growth; a router that takes longer than --seconds gets no more tokens"
+    parser.add_argument("--tokens", nargs="+", type=int, default=growth.TOKENS, help=tokens)
     return parser.parse_args(arguments)
 
 
 def measure(shape: Shape, dtype: str, kinds: Sequence[type[Contender]], options: argparse.Namespace) -> list[dict]:
     """Returns the cells of one shape and type, a dict each."""
-    harness.fresh()
+    fresh()
     problem = Problem.make(shape, getattr(torch, dtype))
     admitted, words = harness.admit(kinds, problem, options.gibibytes * 2**30)
     cells = []
@@ -99,43 +85,18 @@ def measure(shape: Shape, dtype: str, kinds: Sequence[type[Contender]], options:
     return cells
 
 
-def installed(names: Sequence[str], console: Console) -> list[type[Contender]]:
-    """Returns the peers of those names whose packages are installed; prints why the others are left out."""
-    found = []
-    for peer in PEERS:
-        if peer.name in names:
-            try:
-                peer.load()
-                found.append(peer)
-            except Exception as error:
-                console.print(f"{peer.name} is left out ({type(error).__name__}: {error}); {peer.install}", highlight=False)
-    return found
-
-
-def machine(threads: int) -> dict[str, str]:
-    """Returns the machine and the versions on which the figures were measured."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    facts = {"cpu": names[0] if names else platform.processor(), "threads": f"{threads} of {os.cpu_count()}"}
-    facts |= {"libc": " ".join(platform.libc_ver()), "torch": torch.__version__, "topn_gating": topn_gating.__version__}
-    return facts | {key: str(value) for key, value in topn_gating.build_info().items() if key != "torch"}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     options = parse(arguments)
-    harness.restart_with(options.malloc)
+    command.restart_with(options.malloc)
     console = Console(width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(options.threads)
     torch._logging.set_logs(all=logging.CRITICAL)  # the table shows what fails to compile
-    facts = machine(options.threads)
+    facts = command.machine(options.threads)
     console.print("\n".join(f"{key:>18}  {value}" for key, value in facts.items()), highlight=False)
-    kinds = (Ours, *installed(options.peers, console), Products, Zeros)
+    kinds = (Ours, *command.installed(PEERS, options.peers, console), Products, Zeros)
 
-    kept = ", ".join(f"{name}={value}" for name, value in harness.KEEP.items())
-    malloc = f"keep ({kept})" if options.malloc == "keep" else "default"
-    how = f"medians of {options.rounds} rounds, {options.threads} threads, OMP_WAIT_POLICY=passive, --malloc {malloc}"
+    how = command.conditions(options)
     if options.growth:
         kinds = [kind for kind in kinds if kind.full]
         cells = growth.measure(options.tokens, kinds, options)
@@ -146,7 +107,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(tables.rich_table(cells, [kind.name for kind in kinds], how))
         text = tables.markdown(cells, [kind.name for kind in kinds], how)
     console.print(tables.notes(cells, kinds), NOT_HERE, sep="\n", highlight=False)
-    if options.markdown:
-        options.markdown.write_text(text)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "options": vars(options), "cells": cells}, indent=1, default=str))
+    command.write(options, facts, cells, text)

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
+from tables import number
 
 from .contenders import Contender, Ours
 from .harness import METRICS, UNITS
@@ -27,11 +28,6 @@ def cell_texts(cell: dict | None, ours: dict | None) -> tuple[str, str, str]:
     spread = "" if low is None else f"{number(low)} to {number(high)}"
     ratio = "" if cell is ours or not (ours and ours["values"]) else f"{number(middle / statistics.median(ours['values']))}×"
     return number(middle), spread, ratio
-
-
-def number(value: float) -> str:
-    """Formats a number with at least three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def columns(cells: Sequence[dict]) -> list[str]:

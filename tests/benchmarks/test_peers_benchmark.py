@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import rounds
 import torch
 from peers import harness
 from peers.contenders import Contender, Ours, Problem, compiled
@@ -25,7 +26,7 @@ def environment(monkeypatch):
     """Sets the environment that the tool sets when it restarts itself."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
-    monkeypatch.setattr(harness, "ROUND_SECONDS", 0)
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -67,7 +68,7 @@ def test_table_has_every_metric_of_every_contender(bench, capsys):
         assert words(cells, contender=PlainTorch.name, metric=metric) == {""}
     assert words(cells, contender=StMoe.name, dtype="float32") == {""}
     assert words(cells, contender=StMoe.name, dtype="bfloat16", metric=harness.GATE) == {""}
-    assert words(cells, contender=StMoe.name, dtype="bfloat16", metric=harness.FULL) == {harness.FAILS}
+    assert words(cells, contender=StMoe.name, dtype="bfloat16", metric=harness.FULL) == {rounds.FAILS}
     assert all(c["values"] and min(c["values"]) > 0 for c in cells if not c["word"])
 
     printed = capsys.readouterr().out
@@ -93,7 +94,7 @@ def test_missing_peers_are_named(bench, capsys, monkeypatch):
 def test_one_that_computes_something_else_is_caught(bench, capsys, monkeypatch):
     monkeypatch.setattr("peers.plain_torch.THRESHOLD", 0.9)
     cells, _ = bench("--metrics", harness.FULL, "--dtypes", "float32", "bfloat16", names=[PlainTorch.name])
-    assert words(cells, contender=PlainTorch.name) == {harness.DIFFERS}
+    assert words(cells, contender=PlainTorch.name) == {rounds.DIFFERS}
     assert f"{PlainTorch.name} differs: " in capsys.readouterr().out
 
 
@@ -135,7 +136,7 @@ def test_peers_without_groups_in_the_table(peer, bench):
 def test_zeta_differs_for_three_and_more(bench):
     load(Zeta)
     cells, _ = bench("--metrics", harness.FULL, "--dtypes", "float32", names=[Zeta.name])
-    assert [c["word"] for c in cells if c["contender"] == Zeta.name] == ["", harness.DIFFERS]
+    assert [c["word"] for c in cells if c["contender"] == Zeta.name] == ["", rounds.DIFFERS]
 
 
 @pytest.mark.parametrize("shape", [Shape(1, 50, 8, 4, 2), Shape(3, 40, 8, 6, 4), Shape(2, 30, 8, 40, 3), Shape(1, 5, 8, 3, 3)])
@@ -144,10 +145,10 @@ def test_plain_torch_has_our_numbers_and_gradients(shape, policy):
     problem = Problem.make(shape, torch.float32, policy=policy)
     results = []
     for contender in (Ours(problem), PlainTorch(problem)):
-        outputs = harness.one_seed(contender.full)
+        outputs = rounds.one_seed(contender.full)
         grads = [torch.ones_like(t) if t.dim() == 0 else torch.linspace(-1, 1, t.numel()).view_as(t) for t in outputs]
         results.append((*outputs, *torch.autograd.grad(outputs, (problem.x, problem.weight), grads)))
-        results[-1] += tuple(harness.one_seed(contender.gate))
+        results[-1] += tuple(rounds.one_seed(contender.gate))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +161,7 @@ def test_compiled(bench):
 
 def test_too_large_dense_tensors_are_not_made(bench):
     cells, _ = bench("--gibibytes", "1e-5", "--metrics", harness.GATE, names=[StMoe.name, PlainTorch.name])
-    assert words(cells, contender=StMoe.name) == {harness.TOO_LARGE}
+    assert words(cells, contender=StMoe.name) == {rounds.TOO_LARGE}
     assert words(cells, contender=PlainTorch.name) == {""}
 
 
@@ -168,7 +169,7 @@ def test_too_large_dense_tensors_are_not_made(bench):
 def test_estimate_of_dense_memory(peer):
     load(peer)
     problem = Problem.make(Shape(1, 512, 8, 8, 2), torch.float32)
-    held = harness.peak_mebibytes(harness.step_of(peer(problem), harness.FULL)) * 2**20
+    held = rounds.peak_mebibytes(harness.step_of(peer(problem), harness.FULL)) * 2**20
     assert 0.5 * peer.dense_tensors < held / problem.dense_bytes < 1.1 * peer.dense_tensors
 
 
