@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 # On a machine with few cores, threads that spin at a barrier slow the others down.
 export OMP_WAIT_POLICY := passive
 
-OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense dispatch combine linear))
+OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense dispatch combine linear grouped_linear))
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 

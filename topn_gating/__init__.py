@@ -2,6 +2,7 @@
 
 from .functional import combine, dispatch, expert_capacity, route
 from .gating import TopNGating
+from .grouped import grouped_linear
 from .moe import Experts, MixtureOfExpertsReturn, MoE
 from .ops import build_info
 from .routing import Routing
@@ -18,5 +19,6 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_capacity",
+    "grouped_linear",
     "route",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtypes import FLOAT_TYPES
+from .dtypes import FLOAT_TYPES, autocast
 from .eager import readable
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -165,6 +165,26 @@ def check_same_type(x: Tensor, weight: Tensor, owner: str) -> None:
         raise TypeError(
             f"x must be {weight.dtype} like the {owner} weight, or come where autocast converts both, got {x.dtype}"
         )
+
+
+def check_grouped(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> None:
+    """Raises unless the arguments of :func:`topn_gating.grouped_linear` fit each other."""
+    check_floating("weight", weight)
+    if weight.dim() != 3 or 0 in weight.shape:
+        raise ValueError(f"weight must have shape (experts, out, in), one of each or more, got {tuple(weight.shape)}")
+    experts, out_features, in_features = weight.shape
+    check_floating("rows", rows)
+    if rows.dim() != 2 or rows.shape[1] != in_features:
+        raise ValueError(f"rows must have shape (rows, {in_features}) to fit weight, got {tuple(rows.shape)}")
+    if rows.device != weight.device:
+        raise ValueError(f"rows must be on {weight.device} with weight, got {rows.device}")
+    check_tensor("offsets", offsets, (experts,), torch.int32, weight.device)
+    if bias is not None:
+        check_floating("bias", bias)
+        check_tensor("bias", bias, (experts, out_features), bias.dtype, weight.device)
+    for name, t in (("rows", rows), ("bias", bias)):
+        if t is not None and autocast(t).dtype != autocast(weight).dtype:
+            raise TypeError(f"{name} must be {weight.dtype} like weight, or come where autocast converts both, got {t.dtype}")
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:

@@ -15,13 +15,13 @@ from torch.autograd import Function, forward_ad
 
 
 def run(function: type[Function], *args: Any) -> Any:
-    """Runs a Function on a complete list of arguments, of which the first two may ask for a gradient.
+    """Runs a Function on a complete list of arguments, of which the first three may ask for a gradient.
 
-    Where neither does, the Function's ``forward`` is all there is to do.
+    Where none does, the Function's ``forward`` is all there is to do.
     """
     if transforms_active():
         return function.apply(*args)
-    if asks_for_gradient(*args[:2]):
+    if asks_for_gradient(*args[:3]):
         return super(Function, function).apply(*args)  # type: ignore[misc]  # of torch._C, which tells mypy nothing
     return function.forward(*args)
 

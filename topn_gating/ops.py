@@ -339,3 +339,55 @@ class Linear(Operator):
         logits = Linear.fake(x, weight)
         expect_tensor("grad_logits", grad_logits, logits.shape, x.dtype)
         return x.new_empty(x.shape if wants_x else (0,)), weight.new_empty(weight.shape if wants_weight else (0,))
+
+
+@operator("grouped_linear")
+class GroupedLinear(Operator):
+    """``grouped_linear``: the products of groups of rows with one matrix each (:mod:`topn_gating.grouped`)."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, weight, _bias, offsets = inputs
+        ctx.save_for_backward(rows, weight, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *wanted, _offsets = ctx.needs_input_grad
+        grads = GroupedLinear.run_backward(grad, *ctx.saved_tensors, *wanted)
+        return tuple(g if wants else None for g, wants in zip(grads, wanted, strict=True))
+
+    @staticmethod
+    def fake(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+        _expect_dtype("rows", rows.dtype)
+        expect(rows.dim() == 2, "rows must have shape (rows, in)")
+        matrices = weight.dim() == 3 and all(size >= 1 for size in weight.shape)
+        expect(matrices, "weight must have shape (experts, out, in), one of each or more")
+        experts, out_features, in_features = weight.shape
+        expect_tensor("rows", rows, (rows.shape[0], in_features), weight.dtype)
+        expect_tensor("bias", bias, (experts, out_features), weight.dtype)
+        expect_tensor("offsets", offsets, (experts,), torch.int32)
+        return rows.new_empty((rows.shape[0], out_features))
+
+    @staticmethod
+    def fake_backward(
+        grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, wants_rows: bool, wants_weight: bool, wants_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = GroupedLinear.fake(rows, weight, None, offsets)
+        expect_tensor("grad", grad, out.shape, rows.dtype)
+        return (
+            rows.new_empty(rows.shape if wants_rows else (0,)),
+            empty_like_weight(weight) if wants_weight else weight.new_empty((0,)),
+            weight.new_empty(weight.shape[:2] if wants_bias else (0,)),
+        )
+
+
+def empty_like_weight(weight: Tensor) -> Tensor:
+    """Returns memory for the gradient of a weight ``(e, out, in)``, whose matrices are stored in the same way."""
+    if stored_by_columns(weight):
+        return weight.new_empty(weight.transpose(1, 2).shape).transpose(1, 2)
+    return weight.new_empty(weight.shape)
+
+
+def stored_by_columns(weight: Tensor) -> bool:
+    """Whether the matrices of ``weight`` are stored column after column, as in a transposed view."""
+    return weight.stride(1) == 1 and weight.stride(2) != 1 and weight.stride(2) >= weight.shape[1]

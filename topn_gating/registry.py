@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import Function
 
+from .dtypes import without_autocast
 from .eager import asks_for_gradient, below_autograd, run, transforms_active
 
 
@@ -135,6 +136,17 @@ def operator(name: str) -> Callable[[_Class], _Class]:
         return function
 
     return register
+
+
+def implement_on_cuda(name: str, function: Callable[..., Any]) -> None:
+    """Makes ``function``, of torch's operations, the kernel of an operator that has none in CUDA."""
+
+    @functools.wraps(function)
+    def kernel(*args: Any) -> Any:
+        with without_autocast(args[0].device):
+            return function(*args)
+
+    _library.impl(name, kernel, "CUDA")
 
 
 def _caller(function: type[Operator], overload: OpOverload) -> Callable[..., Any]:

@@ -22,11 +22,9 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/workspace.h"
 
 #ifndef TOPN_LEVEL  // a header that is opened alone

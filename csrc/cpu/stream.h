@@ -1,4 +1,4 @@
-// Writes of large outputs: non-temporal stores, which bypass the caches, and huge pages.
+// Writes of large outputs: non-temporal stores, which bypass the caches.
 #pragma once
 
 #include "cpu/simd.h"
@@ -48,16 +48,6 @@ inline void copy_lines(char* to, const char* from, int64_t bytes, bool nontempor
     return;
   }
   for (int64_t i = 0; i < bytes; i += sizeof(Ints)) store_nontemporal(to + i, load<Ints>(from + i));
-}
-
-// Asks the kernel for huge pages: in freshly allocated memory a page fault costs more than writing the page.
-inline void advise_huge_pages(void* begin, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace topn_gating::cpu::TOPN_LEVEL

@@ -1,5 +1,6 @@
 // The operators on CPU tensors.
 #include "cpu/kernels.h"
+#include "grouped_linear.h"
 #include "linear.h"
 #include "operators.h"
 

@@ -28,12 +28,16 @@
     "(Tensor grad_out, Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source)"                                   \
     " -> (Tensor grad_y, Tensor grad_weight)")
 
-// The same for the operators that the CPU alone has: elsewhere torch's own matrix products serve.
+// The same for the operators that the CPU alone has in C++: elsewhere torch's own matrix products serve.
 #define TOPN_GATING_CPU_OPERATORS(X)                                                                                           \
   X(linear, "(Tensor x, Tensor weight) -> Tensor logits")                                                                      \
   X(linear_backward,                                                                                                           \
     "(Tensor grad_logits, Tensor x, Tensor weight, bool wants_x, bool wants_weight)"                                          \
-    " -> (Tensor grad_x, Tensor grad_weight)")
+    " -> (Tensor grad_x, Tensor grad_weight)")                                                                                \
+  X(grouped_linear, "(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor out")                                \
+  X(grouped_linear_backward,                                                                                                   \
+    "(Tensor grad, Tensor rows, Tensor weight, Tensor offsets, bool wants_rows, bool wants_weight, bool wants_bias)"          \
+    " -> (Tensor grad_rows, Tensor grad_weight, Tensor grad_bias)")
 
 // Statements inside STABLE_TORCH_LIBRARY(…, m) and STABLE_TORCH_LIBRARY_IMPL(…, m); `Backend` is a type of that scope.
 #define TOPN_GATING_DEFINE(name, signature) m.def(#name signature);

@@ -53,18 +53,28 @@ inline int64_t product(const Shape& shape, size_t begin, size_t end) {
   return result;
 }
 
-// Allocates a contiguous tensor on the device of `like`. Calls the C shim directly, because torch::stable::new_empty goes through
-// the dispatcher, which takes longer than a small kernel.
-inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
+// Returns a number as the C shim takes it: the code of a type.
+template <class T>
+int32_t shim_code(T value) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value));
+}
+
+// Allocates a tensor on the device of `like`. Calls the C shim directly, because torch::stable::new_empty goes through the
+// dispatcher, which takes longer than a small kernel.
+inline Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape& strides, ScalarType type) {
   const auto device = like.device();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), shim_code(type),
+                                                  shim_code(device.type()), device.index(), &handle));
+  return Tensor(handle);
+}
+
+// Allocates a contiguous tensor on the device of `like`.
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
   Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
-  const auto number = [](auto value) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value)); };
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), number(type),
-                                                  number(device.type()), device.index(), &handle));
-  return Tensor(handle);
+  return empty_strided(like, shape, strides, type);
 }
 
 // Allocates the workspace of a kernel, if it needs one. The caller keeps it alive until the kernel is launched.

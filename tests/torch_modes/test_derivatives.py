@@ -68,6 +68,12 @@ def combine_operator() -> Case:
     return Case(lambda y, w: weighted([O.combine(y, w, *a.indices)]), (y, a.weight))
 
 
+def grouped_linear_operator() -> Case:
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    shapes = (6, 4), (3, 2, 4), (3, 2)
+    return Case(lambda x, w, b: weighted([O.grouped_linear(x, w, b, offsets)]), [torch.randn(s, dtype=DOUBLE) for s in shapes])
+
+
 def route_function() -> Case:
     def function(logits):
         routing = topn_gating.route(logits, 3, policy="all")
@@ -95,6 +101,7 @@ CASES = {
     "dense": dense_operator,
     "dispatch": dispatch_operator,
     "combine": combine_operator,
+    "grouped_linear": grouped_linear_operator,
     "route": route_function,
     "TopNGating": lambda: module(TopNGating(5, 4, top_n=3, **OPTIONS)),
     "MoE": lambda: module(MoE(5, 4, gating_top_n=3, **OPTIONS)),

@@ -1,0 +1,307 @@
+// The operator `grouped_linear` and its gradient: see operators.h. The CPU alone has them. The products are torch's own, through
+// the C functions that call them without the dispatcher, into slices of one output.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <numeric>
+#include <tuple>
+
+#include "cpu/pages.h"
+#include "tensors.h"
+
+namespace topn_gating::binding {
+
+// A matrix in the memory of a tensor, which outlives it. Strides are in elements.
+struct Matrix {
+  char* data;
+  ScalarType type;
+  int64_t element_bytes, rows, columns, row_stride, column_stride;
+
+  Matrix row_range(int64_t begin, int64_t end) const {
+    Matrix m = *this;
+    m.data += begin * row_stride * element_bytes;
+    m.rows = end - begin;
+    return m;
+  }
+  Matrix transposed() const { return {data, type, element_bytes, columns, rows, column_stride, row_stride}; }
+
+  Tensor tensor() const {
+    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, shim_code(type),
+                                                              aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  }
+};
+
+// Writes a · b to `out`, or with `add` adds it.
+inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool add) {
+  const Tensor o = out.tensor(), left = a.tensor(), right = b.tensor();
+  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(o.get(), o.get(), left.get(), right.get(), 1, 1)
+                             : aoti_torch_cpu_mm_out(o.get(), left.get(), right.get()));
+}
+
+inline void copy(const Matrix& to, const Matrix& from) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.tensor().get(), from.tensor().get(), 0));
+}
+
+inline char* memory_of(const Tensor& t) { return static_cast<char*>(const_cast<void*>(t.const_data_ptr())); }
+
+// Returns a matrix (rows, columns) in the memory of `t`, row after row.
+inline Matrix matrix_of(const Tensor& t, int64_t element_bytes, int64_t rows, int64_t columns) {
+  return {memory_of(t), t.scalar_type(), element_bytes, rows, columns, columns, 1};
+}
+
+// Returns whether a matrix product reads a matrix with these strides without a copy: one stride is 1 and no elements overlap.
+inline bool has_product_layout(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  return (column_stride == 1 && row_stride >= columns) || (row_stride == 1 && column_stride >= rows);
+}
+
+// Returns whether torch has products of this type: of half types on a processor without instructions for them, it computes them
+// number by number, up to a hundred times slower than float32's.
+inline bool has_fast_products(ScalarType type) {
+  const auto supported = [](const char* name) {
+    StableIValue stack[1] = {0};
+    if (torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) return false;
+    return torch::stable::detail::to<bool>(stack[0]);
+  };
+  static const bool bfloat16 = supported("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool float16 = supported("mkldnn::_is_mkldnn_fp16_supported");
+  return type == ScalarType::BFloat16 ? bfloat16 : type == ScalarType::Half ? float16 : true;
+}
+
+// The checked arguments that the operator and its gradient share.
+struct GroupedArguments {
+  int64_t rows, in, out, experts, element_bytes;
+  ScalarType type;
+  bool transposed;  // whether the weight's matrices are stored column after column
+  std::vector<int64_t> start;  // of each expert's rows, and the end of the last
+  Tensor weight;
+
+  GroupedArguments(const Tensor& rows_in, const Tensor& weight_in, const Tensor& offsets_in)
+      : type(rows_in.scalar_type()), weight(weight_in) {
+    STD_TORCH_CHECK(rows_in.dim() == 2, "rows must have shape (rows, in)");
+    STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) >= 1 && weight.size(1) >= 1 && weight.size(2) >= 1,
+                    "weight must have shape (experts, out, in), one of each or more");
+    rows = rows_in.size(0), in = rows_in.size(1), experts = weight.size(0), out = weight.size(1);
+    STD_TORCH_CHECK(in == weight.size(2), "rows must have shape (rows, in) with ", weight.size(2), " features, as weight has");
+    element_bytes = topn_gating::element_bytes(dtype_of("rows", type));
+    STD_TORCH_CHECK(weight.scalar_type() == type, "weight must be ", torch::headeronly::toString(type), ", got ",
+                    torch::headeronly::toString(weight.scalar_type()));
+    STD_TORCH_CHECK(weight.device() == rows_in.device(), "weight must be on the device of the other arguments");
+    transposed = weight.stride(1) == 1 && weight.stride(2) != 1;
+    if (!has_product_layout(out, in, weight.stride(1), weight.stride(2))) {
+      weight = torch::stable::contiguous(weight);
+      transposed = false;
+    }
+    const Tensor ends = checked("offsets", offsets_in, rows_in, {experts}, ScalarType::Int);
+    start.reserve(experts + 1);
+    start.push_back(0);
+    for (int64_t e = 0; e < experts; ++e) {  // whatever the offsets are, the rows exist
+      start.push_back(std::min(rows, std::max<int64_t>(start.back(), const_data<int32_t>(ends)[e])));
+    }
+  }
+
+  int64_t count(int64_t expert) const { return start[expert + 1] - start[expert]; }
+  int64_t end() const { return start.back(); }
+
+  Matrix expert_weight(int64_t expert) const {
+    return {memory_of(weight) + expert * weight.stride(0) * element_bytes, type, element_bytes, out, in, weight.stride(1), weight.stride(2)};
+  }
+
+  // Checks a tensor (rows, columns), and returns it in a layout that a product reads without a copy.
+  Tensor checked_rows(const char* name, const Tensor& t, int64_t columns) const {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name,
+                    " has a shape that does not fit the other arguments");
+    STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
+                    torch::headeronly::toString(t.scalar_type()));
+    STD_TORCH_CHECK(t.device() == weight.device(), name, " must be on the device of the other arguments");
+    return has_product_layout(rows, columns, t.stride(0), t.stride(1)) ? t : torch::stable::contiguous(t);
+  }
+  Matrix matrix(const Tensor& t) const {
+    return {memory_of(t), type, element_bytes, t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  }
+};
+
+constexpr int64_t kHugePageBytes = int64_t(4) << 20;  // outputs of at least so many bytes are on huge pages
+
+// Allocates an output.
+inline Tensor empty_output(const Tensor& like, const Shape& shape, const Shape& strides, ScalarType type, int64_t element_bytes) {
+  const Tensor t = empty_strided(like, shape, strides, type);
+  const int64_t bytes = product(shape, 0, shape.size()) * element_bytes;
+  if (bytes >= kHugePageBytes) cpu::advise_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
+}
+
+// The least multiplications of a group whose product runs on all threads. The products of smaller groups run on one thread each, side
+// by side.
+constexpr int64_t kThreadedProduct = int64_t(1) << 27;
+
+// Runs f(expert) for each expert: one after the other on the caller's thread those whose groups are large, then the others in
+// parallel. If a call throws, rethrows one of the exceptions after all calls have ended.
+template <class F>
+void for_experts(const GroupedArguments& a, const F& f) {
+  std::vector<int64_t> small;
+  const int64_t threads = torch::stable::get_num_threads();
+  for (int64_t e = 0; e < a.experts; ++e) {
+    if (threads > 1 && a.count(e) * a.in < kThreadedProduct / a.out) {
+      small.push_back(e);
+    } else {
+      f(e);
+    }
+  }
+  if (small.size() < 2) {
+    for (const int64_t e : small) f(e);
+    return;
+  }
+  // The largest first, so that the threads end at about the same time.
+  std::stable_sort(small.begin(), small.end(), [&](int64_t i, int64_t j) { return a.count(i) > a.count(j); });
+  std::atomic<size_t> next{0};
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr exception;
+  torch::stable::parallel_for(0, std::min<int64_t>(threads, small.size()), 1, [&](int64_t, int64_t) {
+    try {
+      for (size_t i; (i = next++) < small.size();) f(small[i]);
+    } catch (...) {
+      if (!failed.test_and_set()) exception = std::current_exception();
+    }
+  });
+  if (exception) std::rethrow_exception(exception);
+}
+
+// Operands and results of the products of one expert. Those of a half type for which torch has no fast products are converted to
+// float32, in memory that lives as long as this; every other is used as it is.
+class Operands {
+ public:
+  explicit Operands(const GroupedArguments& args)
+      : a_(args), converts_(!has_fast_products(a_.type)), chunk_(converts_ ? kConvertedRows : std::max<int64_t>(1, a_.rows)) {}
+
+  // Calls f(begin, end) for the parts in which the rows from `begin` to `end` - 1 are multiplied.
+  template <class F>
+  void for_rows(int64_t begin, int64_t end, const F& f) const {
+    for (; begin < end; begin += chunk_) f(begin, std::min(end, begin + chunk_));
+  }
+  Matrix operand(const Matrix& m) {
+    const Matrix converted = result(m);
+    if (converts_) copy(converted, m);
+    return converted;
+  }
+  // Returns the matrix for a result that `finish` rounds to `out`.
+  Matrix result(const Matrix& out) {
+    if (!converts_) return out;
+    kept_.push_back(empty(a_.weight, {out.rows * out.columns}, ScalarType::Float));
+    return matrix_of(kept_.back(), sizeof(float), out.rows, out.columns);
+  }
+  void finish(const Matrix& out, const Matrix& result) const {
+    if (converts_) copy(out, result);
+  }
+  // Returns ones for `sum_rows`.
+  Tensor ones() const { return torch::stable::fill_(empty(a_.weight, {chunk_}, converts_ ? ScalarType::Float : a_.type), 1.0); }
+  // Writes the sum of rows to `sum`, or with `add` adds it.
+  void sum_rows(const Matrix& sum, const Tensor& ones, const Matrix& rows, bool add) const {
+    multiply(sum, matrix_of(ones, sum.element_bytes, 1, rows.rows), rows, add);
+  }
+
+ private:
+  static constexpr int64_t kConvertedRows = 1024;
+
+  const GroupedArguments& a_;
+  bool converts_;
+  int64_t chunk_;
+  std::vector<Tensor> kept_;
+};
+
+inline void clear_rows(const Tensor& t, int64_t begin, int64_t end, int64_t row_bytes) {
+  if (end > begin) std::memset(memory_of(t) + begin * row_bytes, 0, (end - begin) * row_bytes);
+}
+
+template <class Backend>
+Tensor grouped_linear(const Tensor& rows_in, const Tensor& weight, const std::optional<Tensor>& bias_in,
+                             const Tensor& offsets) {
+  const GroupedArguments a(rows_in, weight, offsets);
+  const Tensor rows = a.checked_rows("rows", rows_in, a.in);
+  const auto bias = checked("bias", bias_in, rows_in, {a.experts, a.out}, a.type);
+  const Tensor out = empty_output(rows, {a.rows, a.out}, {a.out, 1}, a.type, a.element_bytes);
+  for_experts(a, [&](int64_t e) {
+    if (a.count(e) == 0) return;
+    Operands operands(a);
+    const Matrix w = operands.operand(a.expert_weight(e)).transposed();
+    operands.for_rows(a.start[e], a.start[e + 1], [&](int64_t begin, int64_t end) {
+      const Matrix to = a.matrix(out).row_range(begin, end);
+      Operands part(a);
+      const Matrix result = part.result(to);
+      if (bias.has_value()) {
+        Matrix row = a.matrix(*bias).row_range(e, e + 1);
+        row.row_stride = 0;
+        row.rows = end - begin;
+        copy(result, row);
+      }
+      multiply(result, part.operand(a.matrix(rows).row_range(begin, end)), w, bias.has_value());
+      part.finish(to, result);
+    });
+  });
+  clear_rows(out, a.end(), a.rows, a.out * a.element_bytes);
+  return out;
+}
+
+// A gradient that is not wanted is empty.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in, const Tensor& rows_in, const Tensor& weight,
+                                                           const Tensor& offsets, bool wants_rows, bool wants_weight,
+                                                           bool wants_bias) {
+  const GroupedArguments a(rows_in, weight, offsets);
+  const Tensor rows = a.checked_rows("rows", rows_in, a.in);
+  const Tensor grad = a.checked_rows("grad", grad_in, a.out);
+  const auto output = [&](bool wanted, const Shape& shape, const Shape& strides) {
+    if (!wanted) return empty(rows, {0}, a.type);
+    return empty_output(rows, shape, strides, a.type, a.element_bytes);
+  };
+  const int64_t row_stride = a.transposed ? 1 : a.in, column_stride = a.transposed ? a.out : 1;
+  const Tensor grad_rows = output(wants_rows, {a.rows, a.in}, {a.in, 1});
+  const Tensor grad_weight = output(wants_weight, {a.experts, a.out, a.in}, {a.out * a.in, row_stride, column_stride});
+  const Tensor grad_bias = output(wants_bias, {a.experts, a.out}, {a.out, 1});
+  const Tensor ones = wants_bias ? Operands(a).ones() : grad_bias;
+  for_experts(a, [&](int64_t e) {
+    const int64_t weight_bytes = a.out * a.in * a.element_bytes;
+    if (a.count(e) == 0) {
+      if (wants_weight) clear_rows(grad_weight, e, e + 1, weight_bytes);
+      if (wants_bias) clear_rows(grad_bias, e, e + 1, a.out * a.element_bytes);
+      return;
+    }
+    Operands operands(a);
+    Matrix w{}, to_weight{}, weight_sum{}, to_bias{}, bias_sum{};
+    if (wants_rows) w = operands.operand(a.expert_weight(e));
+    if (wants_weight) {
+      char* data = memory_of(grad_weight) + e * weight_bytes;
+      to_weight = {data, a.type, a.element_bytes, a.out, a.in, row_stride, column_stride};
+      weight_sum = operands.result(to_weight);
+    }
+    if (wants_bias) {
+      to_bias = a.matrix(grad_bias).row_range(e, e + 1);
+      bias_sum = operands.result(to_bias);
+    }
+    operands.for_rows(a.start[e], a.start[e + 1], [&](int64_t begin, int64_t end) {
+      Operands part(a);
+      const bool add = begin != a.start[e];
+      const Matrix g = part.operand(a.matrix(grad).row_range(begin, end));
+      if (wants_rows) {
+        const Matrix to = a.matrix(grad_rows).row_range(begin, end);
+        const Matrix result = part.result(to);
+        multiply(result, g, w, false);
+        part.finish(to, result);
+      }
+      if (wants_weight) multiply(weight_sum, g.transposed(), part.operand(a.matrix(rows).row_range(begin, end)), add);
+      if (wants_bias) part.sum_rows(bias_sum, ones, g, add);
+    });
+    if (wants_weight) operands.finish(to_weight, weight_sum);
+    if (wants_bias) operands.finish(to_bias, bias_sum);
+  });
+  if (wants_rows) clear_rows(grad_rows, a.end(), a.rows, a.in * a.element_bytes);
+  return {grad_rows, grad_weight, grad_bias};
+}
+
+}  // namespace topn_gating::binding
