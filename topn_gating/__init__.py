@@ -1,9 +1,10 @@
 """Mixture-of-Experts routing: top-n gating with capacity, exact, deterministic and fast, forward and backward."""
 
+from .experts import Experts, GLUExperts
 from .functional import combine, dispatch, expert_capacity, route
 from .gating import TopNGating
 from .grouped import grouped_linear
-from .moe import Experts, MixtureOfExpertsReturn, MoE
+from .moe import MixtureOfExpertsReturn, MoE
 from .ops import build_info
 from .routing import Routing
 
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Experts",
+    "GLUExperts",
     "MixtureOfExpertsReturn",
     "MoE",
     "Routing",

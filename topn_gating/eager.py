@@ -49,12 +49,16 @@ def below_autograd(overload: OpOverload, *args: Any) -> Any:
         return overload(*args)
 
 
-def readable(t: Tensor) -> bool:
-    """Whether ``t``'s values can be read at once: a CPU tensor that no compiler, transform or tracer stands behind."""
+def has_data(t: Tensor) -> bool:
+    """Whether ``t`` is a plain tensor that no compiler, transform or tracer stands behind."""
     return (
         type(t) in (Tensor, torch.nn.Parameter)
-        and t.is_cpu
         and not torch.compiler.is_compiling()
         and not transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def readable(t: Tensor) -> bool:
+    """Whether ``t``'s values can be read at once: a CPU tensor that no compiler, transform or tracer stands behind."""
+    return t.is_cpu and has_data(t)

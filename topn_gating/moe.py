@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_count, check_instance, check_positive, check_same_type
-from .dtypes import autocast
+from .checks import check_count, check_instance
+from .experts import Experts, FeedForwards
 from .functional import BalanceOn
 from .gating import TopNGating
 from .ops import Policy
@@ -21,70 +20,6 @@ class MixtureOfExpertsReturn(NamedTuple):
     total_aux_loss: Tensor
     balance_loss: Tensor
     router_z_loss: Tensor
-
-
-class Experts(nn.Module):
-    r"""``num_experts`` two-matrix feedforwards with a gated GELU, computed as two batched matrix products.
-
-    ``y = (u · gelu(v) · mult_bias) W_out + b_out`` with ``u, v = x W_in + b_in`` (GEGLU, arXiv 2002.05202; the
-    multiplicative bias as in ST-MoE, arXiv 2202.08906, appendix A).
-
-    Args:
-        dim: features of a token.
-        num_experts: number of experts.
-        hidden_mult: the hidden size is ``int(dim · hidden_mult · 2 / 3)``.
-        device: of the parameters.
-        dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        hidden_mult: float = 4,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dim = check_count("dim", dim)
-        num_experts = check_count("num_experts", num_experts)
-        hidden = check_count("dim * hidden_mult", max(1, int(dim * check_positive("hidden_mult", hidden_mult) * 2 / 3)))
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.weight_in = parameter(num_experts, dim, 2 * hidden)
-        self.bias_in = parameter(num_experts, 1, 2 * hidden)
-        self.mult_bias = parameter(num_experts, 1, hidden)
-        self.weight_out = parameter(num_experts, hidden, dim)
-        self.bias_out = parameter(num_experts, 1, dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws weights and biases as ``nn.Linear`` does, uniform within ``fan_in ** -0.5``."""
-        for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
-            bound = weight.shape[1] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
-        nn.init.ones_(self.mult_bias)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows between the parentheses."""
-        num_experts, hidden, dim = self.weight_out.shape
-        return f"dim={dim}, num_experts={num_experts}, hidden={hidden}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Expert outputs ``(…, e, C, dim)`` of expert inputs ``(…, e, C, dim)``."""
-        x, weight_in = autocast(x), autocast(self.weight_in)
-        check_same_type(x, weight_in, "experts'")
-        by_slot = x.movedim((-3, -2), (0, 1))  # (e, C, …, dim): with the slots before the groups, export needs no guard
-        rows = by_slot.flatten(1, -2)  # one product an expert, whatever the number of groups
-        u, v = torch.baddbmm(autocast(self.bias_in), rows, weight_in).chunk(2, dim=-1)
-        hidden = autocast(u * F.gelu(v) * self.mult_bias)
-        rows = torch.baddbmm(autocast(self.bias_out), hidden, autocast(self.weight_out))
-        outputs: Tensor = rows.unflatten(1, by_slot.shape[1:-1]).movedim((0, 1), (-3, -2))
-        return outputs
 
 
 class MoE(nn.Module):
@@ -101,7 +36,8 @@ class MoE(nn.Module):
         gating_top_n: experts of a token.
         balance_loss_coef: weight of ``balance_loss`` in ``total_aux_loss``.
         router_z_loss_coef: weight of ``router_z_loss`` in ``total_aux_loss``.
-        experts: a module from ``(…, e, C, dim)`` to ``(…, e, C, dim)``; by default :class:`Experts`.
+        experts: a module from ``(…, e, C, dim)`` to ``(…, e, C, dim)``, such as :class:`GLUExperts`; by default
+            :class:`Experts`.
         straight_through_dispatch_tensor: see :class:`TopNGating`, as all that follow.
         differentiable_topk: weights from the soft top-n.
         differentiable_topk_fused: in one kernel.
@@ -149,6 +85,9 @@ class MoE(nn.Module):
         self.num_experts = check_count("num_experts", num_experts)
         if experts is not None:
             check_instance("experts", experts, nn.Module, "torch.nn.Module or None")
+        if isinstance(experts, FeedForwards) and (experts.dim, experts.num_experts) != (self.dim, self.num_experts):
+            got = f"dim={experts.dim}, num_experts={experts.num_experts}"
+            raise ValueError(f"experts must have dim={self.dim}, num_experts={self.num_experts} as the layer, got {got}")
         self.balance_loss_coef = balance_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
         self.gate = TopNGating(

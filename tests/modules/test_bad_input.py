@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import topn_gating
-from topn_gating import MoE, TopNGating, route
+from topn_gating import GLUExperts, MoE, TopNGating, route
 
 INF, NAN = float("inf"), float("nan")
 
@@ -91,6 +91,7 @@ def test_choices_of_the_gate():
     check(lambda: gate(router_dtype=torch.int32), ValueError, "router_dtype", "floating point", "torch.int32")
 
 
+OFFSETS = torch.tensor([1, 2, 3, 4], dtype=torch.int32)
 NESTED = torch.nested.nested_tensor([torch.zeros(6, 8), torch.zeros(5, 8)], layout=torch.jagged)
 
 
@@ -254,6 +255,54 @@ def test_arguments_of_moe():
     check(lambda: MoE(8, 0), ValueError, "at least 1", "0")
     check(lambda: MoE(8, 4, expert_hidden_mult=0), ValueError, "hidden_mult", "above 0", "0")
     check(lambda: topn_gating.Experts(8, 1.5), TypeError, "num_experts", "int", "float")
+    for experts in (topn_gating.Experts(8, 5), GLUExperts(9, 4, 6)):
+        got = f"dim={experts.dim}, num_experts={experts.num_experts}"
+        check(lambda experts=experts: MoE(8, 4, experts=experts), ValueError, "experts", "dim=8, num_experts=4", got)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "fragments"),
+    [
+        *((name, v, e, f) for name in ("dim", "num_experts", "hidden") for v, e, *f in COUNTS),
+        *(("limit", v, e, f) for v, e, *f in POSITIVES if v is not None),
+        ("alpha", NAN, ValueError, ["finite", "nan"]),
+        ("alpha", "1", TypeError, ["number", "str"]),
+        ("activation", "swish", ValueError, ["callable", "gelu_tanh", "relu", "silu", "'swish'"]),
+        ("activation", None, TypeError, ["callable", "str", "NoneType"]),
+    ],
+)
+def test_arguments_of_glu_experts(name, value, error, fragments):
+    check(lambda: GLUExperts(**{"dim": 8, "num_experts": 4, "hidden": 6, name: value}), error, name, *fragments)
+
+
+def test_a_limit_beside_another_activation():
+    check(lambda: GLUExperts(8, 4, 6, activation="gelu", limit=7.0), ValueError, "activation", "'silu'", "limit", "'gelu'")
+
+
+@pytest.mark.parametrize("experts", [topn_gating.Experts(8, 4), GLUExperts(8, 4, 6)], ids=["Experts", "GLUExperts"])
+@pytest.mark.parametrize(
+    ("args", "error", "fragments"),
+    [
+        ((None,), TypeError, ["x", "tensor", "NoneType"]),
+        ((torch.zeros(4, 5, 8, dtype=torch.int32),), TypeError, ["x", "float32", "torch.int32"]),
+        ((torch.zeros(4, 5, 8).bfloat16(),), TypeError, ["x", "torch.float32", "torch.bfloat16"]),
+        ((torch.zeros(4, 5, 7),), ValueError, ["x", "(..., 4, capacity, 8)", "offsets", "(4, 5, 7)"]),
+        ((torch.zeros(3, 5, 8),), ValueError, ["x", "(..., 4, capacity, 8)", "(3, 5, 8)"]),
+        ((torch.zeros(5, 8),), ValueError, ["x", "(..., 4, capacity, 8)", "offsets", "(5, 8)"]),
+        ((torch.zeros(5, 7), OFFSETS), ValueError, ["x", "(rows, 8)", "offsets", "(5, 7)"]),
+        ((torch.zeros(4, 5, 8), OFFSETS), ValueError, ["x", "(rows, 8)", "offsets", "(4, 5, 8)"]),
+        ((torch.zeros(5, 8).bfloat16(), OFFSETS), TypeError, ["x", "torch.float32", "torch.bfloat16"]),
+        ((torch.zeros(5, 8), OFFSETS[:3]), ValueError, ["offsets", "(4,)", "(3,)"]),
+        ((torch.zeros(5, 8), OFFSETS.long()), TypeError, ["offsets", "torch.int32", "torch.int64"]),
+        ((torch.zeros(5, 8), [1, 2, 3, 4]), TypeError, ["offsets", "torch.int32", "list"]),
+        ((torch.zeros(5, 8), OFFSETS.to("meta")), ValueError, ["offsets", "cpu", "meta"]),
+    ],
+)
+def test_inputs_of_experts(experts, args, error, fragments):
+    with pytest.raises(error) as caught:
+        experts(*args)
+    assert type(caught.value) is error
+    assert all(fragment in str(caught.value) for fragment in fragments)
 
 
 @pytest.mark.parametrize("options", [{}, {"router_dtype": torch.float32}], ids=str)
