@@ -115,11 +115,11 @@ def route(
         check_tensor("draws", draws, (*lead, n, top_n), dtype, device)
     least = _threshold_tensor(threshold, top_n, num_gates, dtype, device) if policy in ("random", "threshold") else None
     if noise is None and noise_gates:
-        noise = torch.rand(logits.shape, generator=generator, dtype=dtype, device=device)
+        noise = _uniform(logits.shape, generator, dtype, device)
     if policy != "random":
         draws = None
     elif draws is None:
-        draws = torch.rand((*lead, n, top_n), generator=generator, dtype=dtype, device=device)
+        draws = _uniform((*lead, n, top_n), generator, dtype, device)
 
     fused = differentiable_topk and differentiable_topk_fused
     weight, expert, importance, _, balance_loss, router_z_loss = ops.Gate.call(
@@ -154,6 +154,12 @@ def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, n: int, tok
     return reference.balance(importance, kept.to(importance.dtype) / tokens)
 
 
+def _uniform(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if generator is None:  # with symbolic sizes torch.compile cannot trace `generator=None`
+        return torch.rand(shape, dtype=dtype, device=device)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=device)
+
+
 def _threshold_tensor(
     threshold: float | Sequence[float] | Tensor, top_n: int, num_gates: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -161,5 +167,7 @@ def _threshold_tensor(
         check_threshold(threshold, top_n, device)
         return threshold.detach().to(dtype)
     per_rank = threshold_per_rank("threshold", threshold, top_n, num_gates)
-    # Filled on the device: a tensor built from a list would wait for its copy there.
+    # Filled on the device: a tensor built from a list would wait for its copy there. The first entry is not read.
+    if not isinstance(threshold, Sequence):
+        return torch.full((top_n,), float(threshold), dtype=dtype, device=device)
     return torch.cat([torch.full((1,), t, dtype=dtype, device=device) for t in (0.0, *per_rank)])

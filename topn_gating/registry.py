@@ -1,6 +1,7 @@
 """How an operator becomes known to torch: what the operators' classes share, and the decorator that registers one."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -132,6 +133,7 @@ def operator(name: str) -> Callable[[_Class], _Class]:
             _library.impl(overload, eager, "Autograd")
             _library.impl(overload, transformed, "FuncTorchDynamicLayerFrontMode")
             torch.library.register_fake(overload, _of_one_device(overload, fake))
+            torch.library.register_fake(_without_gradient(overload), fake)
         OPERATORS[name] = function
         return function
 
@@ -163,6 +165,26 @@ def _kernel(overload: OpOverload) -> Callable[..., Any]:
     return forward
 
 
+def _without_gradient(overload: OpOverload) -> OpOverload:
+    """Returns ``<name>_kernel``, the operator without a kernel of its own for autograd."""
+    kernel: OpOverload = getattr(torch.ops.topn_gating, f"{overload._opname}_kernel").default
+    return kernel
+
+
+def _lower_to_kernel(overload: OpOverload) -> None:
+    """Has the code that inductor generates call ``<name>_kernel`` in place of ``<name>``.
+
+    Nothing asks for a gradient there, and the way through the operator's autograd, which is Python, takes 4 µs more. Inductor
+    takes seconds to import, so this waits until others have done so: a graph that inductor lowers has asked for fake results.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or overload in lowering.lowerings:
+        return
+    kernel = _without_gradient(overload)
+    lowering.make_fallback(kernel, warn=False)
+    lowering.lowerings[overload] = lowering.lowerings[kernel]
+
+
 def _with_nones(backward: Callable[..., tuple[Any, ...]], count: int) -> Callable[..., tuple[Any, ...]]:
     """Returns ``backward`` with a None for each of the ``count`` inputs to which it gives no gradient."""
 
@@ -179,6 +201,7 @@ def _of_one_device(overload: OpOverload, fake: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(fake)
     def wrapper(*args: Any) -> Any:
+        _lower_to_kernel(overload)
         devices = {str(t.device) for t in args if isinstance(t, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(f"{overload} must have its tensors on one device, got {', '.join(sorted(devices))}")

@@ -40,5 +40,10 @@
     " -> (Tensor grad_rows, Tensor grad_weight, Tensor grad_bias)")
 
 // Statements inside STABLE_TORCH_LIBRARY(…, m) and STABLE_TORCH_LIBRARY_IMPL(…, m); `Backend` is a type of that scope.
-#define TOPN_GATING_DEFINE(name, signature) m.def(#name signature);
-#define TOPN_GATING_IMPLEMENT(name, signature) m.impl(#name, TORCH_BOX(&topn_gating::binding::name<Backend>));
+// Beside each operator stands `name`_kernel, the same function, for which topn_gating/registry.py registers no autograd.
+#define TOPN_GATING_DEFINE(name, signature) \
+  m.def(#name signature);                   \
+  m.def(#name "_kernel" signature);
+#define TOPN_GATING_IMPLEMENT(name, signature)                    \
+  m.impl(#name, TORCH_BOX(&topn_gating::binding::name<Backend>)); \
+  m.impl(#name "_kernel", TORCH_BOX(&topn_gating::binding::name<Backend>));

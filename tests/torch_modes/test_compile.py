@@ -1,8 +1,11 @@
 """torch.compile, torch.export and torch.func: one graph, the numbers of eager, no recompilation for another length."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 from torch.export import Dim, export
 
 import topn_gating
@@ -85,9 +88,10 @@ def test_dense_forward(options, training):
     assert_same(with_gradients(compiled, leaves, x), with_gradients(module, leaves, x))
 
 
-def test_random_policy_draws_as_eager_does():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_random_policy_draws_as_eager_does(dynamic):
     module, x = TopNGating(DIM, EXPERTS, top_n=TOP_N), inputs()["x"]
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.manual_seed(3)
     expected = module(x, True, 0.5)
     torch.manual_seed(3)
@@ -109,6 +113,18 @@ def test_moe_by_inductor():
     leaves = x, *moe.parameters()
     compiled = torch.compile(moe, fullgraph=True)
     assert_same(with_gradients(compiled, leaves, x), with_gradients(moe, leaves, x))
+
+
+def test_inductor_calls_the_kernels_without_a_look_at_gradients():
+    tensors = inputs()
+    leaves = tensors["x"], tensors["weight"]
+    compiled = torch.compile(full_path, fullgraph=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        actual, code = run_and_get_code(with_gradients, compiled, leaves, **tensors)
+    called = set(re.findall(r"= torch\.ops\.topn_gating\.(\w+)", "".join(code)))
+    names = "gate", "assign", "dispatch", "combine"
+    assert called == {f"{name}{way}_kernel" for name in names for way in ("", "_backward")}
+    assert_same(actual, with_gradients(full_path, leaves, **tensors))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
