@@ -183,7 +183,7 @@ def check_grouped(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | 
         check_floating("bias", bias)
         check_tensor("bias", bias, (experts, out_features), bias.dtype, weight.device)
     for name, t in (("rows", rows), ("bias", bias)):
-        if t is not None and autocast(t).dtype != autocast(weight).dtype:
+        if t is not None and t.dtype != weight.dtype and autocast(t).dtype != autocast(weight).dtype:
             raise TypeError(f"{name} must be {weight.dtype} like weight, or come where autocast converts both, got {t.dtype}")
 
 
