@@ -190,6 +190,21 @@ struct LinearBackward : LinearSizes {
   void* workspace = nullptr;          // workspace_bytes(*this) bytes, aligned to 16
 };
 
+// Products of groups of rows with one matrix each, for the groups that have few rows, on the CPU alone. Their time is that of
+// reading the matrices. Sums are of the compute type; each result is rounded once.
+struct ThinGroups {
+  DType dtype;                     // type of all tensors
+  int64_t groups, in, out;         // number of groups, size of a row, size of a result's row
+  int64_t most_rows;               // rows of a group at most; groups of more are left out, with their results
+  int64_t row_stride;              // elements from a row to the next
+  int64_t weight_strides[3] = {};  // elements from a matrix, row and column to the next; one of the last two is 1
+  const int32_t* start = nullptr;  // (groups + 1) the first row of each group, and the end of the last
+  const void* rows = nullptr;      // (start[groups], in)
+  const void* weight = nullptr;    // (groups, in, out)
+  const void* bias = nullptr;      // (groups, out), or null
+  void* result = nullptr;          // (start[groups], out)
+};
+
 // The kernels of every backend, then those of the CPU alone: X(argument struct, name in messages).
 #define TOPN_GATING_KERNELS(X)                 \
   X(Gate, "gate")                              \
@@ -202,9 +217,10 @@ struct LinearBackward : LinearSizes {
   X(DispatchBackward, "dispatch_backward")     \
   X(Combine, "combine")                        \
   X(CombineBackward, "combine_backward")
-#define TOPN_GATING_CPU_KERNELS(X) \
-  X(Linear, "linear")              \
-  X(LinearBackward, "linear_backward")
+#define TOPN_GATING_CPU_KERNELS(X)     \
+  X(Linear, "linear")                  \
+  X(LinearBackward, "linear_backward") \
+  X(ThinGroups, "thin_groups")
 
 #define TOPN_GATING_NAME(Args, name) \
   constexpr const char* kernel_name(const Args&) { return name; }

@@ -94,4 +94,35 @@ TOPN_INLINE void store_element(T* p, ComputeType<T> value) {
   }
 }
 
+// Loads vector v of the `count` elements at p, converted to R; zeros past the last one.
+template <class R, class T>
+TOPN_INLINE Vector<R> load_padded(const T* p, int v, int64_t count) {
+  constexpr int w = width<R>;
+  const int64_t left = count - v * w;
+  if (left >= w) return load_elements(p + v * w);
+  T padded[w] = {};
+  if (left > 0) std::memcpy(padded, p + v * w, left * sizeof(T));
+  return load_elements(padded);
+}
+// Stores vector v of the `count` elements at p; nothing past the last one.
+template <class T, class V>
+TOPN_INLINE void store_padded(T* p, int v, int64_t count, V values) {
+  constexpr int w = width<ComputeType<T>>;
+  const int64_t left = count - v * w;
+  if (left >= w) return store_elements(p + v * w, values);
+  T padded[w];
+  store_elements(padded, values);
+  if (left > 0) std::memcpy(p + v * w, padded, left * sizeof(T));
+}
+
+// Converts `count` elements.
+template <class R, class T>
+void convert(const T* from, int64_t count, R* to) {
+  if constexpr (std::is_same_v<R, T>) {
+    std::memcpy(to, from, count * sizeof(R));
+  } else {
+    for (int64_t i = 0; i < count; i += width<R>) store_padded(to + i, 0, count - i, load_padded<R>(from + i, 0, count - i));
+  }
+}
+
 }  // namespace topn_gating::cpu::TOPN_LEVEL

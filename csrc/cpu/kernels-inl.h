@@ -8,3 +8,4 @@
 #include "cpu/gate-inl.h"
 #include "cpu/gate_backward-inl.h"
 #include "cpu/linear-inl.h"
+#include "cpu/thin_groups-inl.h"

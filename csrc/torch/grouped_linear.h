@@ -79,7 +79,7 @@ struct GroupedArguments {
   int64_t rows, in, out, experts, element_bytes;
   ScalarType type;
   bool transposed;  // whether the weight's matrices are stored column after column
-  std::vector<int64_t> start;  // of each expert's rows, and the end of the last
+  std::vector<int32_t> start;  // of each expert's rows, and the end of the last
   Tensor weight;
 
   GroupedArguments(const Tensor& rows_in, const Tensor& weight_in, const Tensor& offsets_in)
@@ -102,15 +102,23 @@ struct GroupedArguments {
     start.reserve(experts + 1);
     start.push_back(0);
     for (int64_t e = 0; e < experts; ++e) {  // whatever the offsets are, the rows exist
-      start.push_back(std::min(rows, std::max<int64_t>(start.back(), const_data<int32_t>(ends)[e])));
+      const int32_t end = std::max(start.back(), const_data<int32_t>(ends)[e]);
+      start.push_back(int32_t(std::min<int64_t>(rows, end)));
     }
   }
 
+  // Returns the most rows of a thin group, whose product is a kernel of its own: there, reading the weight is what takes time.
+  // Up to so many rows the kernel was faster than torch's product, which uses the processor's instructions for half types.
+  int64_t most_rows(const Tensor& t) const {
+    if (t.stride(1) != 1) return 0;
+    return element_bytes == 2 && has_fast_products(type) ? 8 : 32;
+  }
   int64_t count(int64_t expert) const { return start[expert + 1] - start[expert]; }
   int64_t end() const { return start.back(); }
 
   Matrix expert_weight(int64_t expert) const {
-    return {memory_of(weight) + expert * weight.stride(0) * element_bytes, type, element_bytes, out, in, weight.stride(1), weight.stride(2)};
+    char* data = memory_of(weight) + expert * weight.stride(0) * element_bytes;
+    return {data, type, element_bytes, out, in, weight.stride(1), weight.stride(2)};
   }
 
   // Checks a tensor (rows, columns), and returns it in a layout that a product reads without a copy.
@@ -137,8 +145,8 @@ inline Tensor empty_output(const Tensor& like, const Shape& shape, const Shape& 
   return t;
 }
 
-// The least multiplications of a group whose product runs on all threads. The products of smaller groups run on one thread each, side
-// by side.
+// The least multiplications of a group whose product runs on all threads. The products of smaller groups run on one thread
+// each, side by side.
 constexpr int64_t kThreadedProduct = int64_t(1) << 27;
 
 // Runs f(expert) for each expert: one after the other on the caller's thread those whose groups are large, then the others in
@@ -190,9 +198,10 @@ class Operands {
     if (converts_) copy(converted, m);
     return converted;
   }
-  // Returns the matrix for a result that `finish` rounds to `out`.
+  // Returns the matrix for a result that `finish` rounds to `out`, stored in the same order.
   Matrix result(const Matrix& out) {
     if (!converts_) return out;
+    if (out.column_stride != 1) return result(out.transposed()).transposed();
     kept_.push_back(empty(a_.weight, {out.rows * out.columns}, ScalarType::Float));
     return matrix_of(kept_.back(), sizeof(float), out.rows, out.columns);
   }
@@ -219,15 +228,33 @@ inline void clear_rows(const Tensor& t, int64_t begin, int64_t end, int64_t row_
   if (end > begin) std::memset(memory_of(t) + begin * row_bytes, 0, (end - begin) * row_bytes);
 }
 
+// Computes the results of thin groups: the products of `rows` with matrices whose rows and columns are `in_stride` and
+// `out_stride` elements apart.
+template <class Backend>
+void multiply_thin(const Backend& backend, const GroupedArguments& a, const Tensor& rows, int64_t in_stride, int64_t out_stride,
+                   const void* bias, const Tensor& result) {
+  if (a.most_rows(rows) == 0) return;
+  ThinGroups t{dtype_of("rows", a.type), a.experts, rows.size(1), result.size(1), a.most_rows(rows), rows.stride(0)};
+  t.weight_strides[0] = a.weight.stride(0), t.weight_strides[1] = in_stride, t.weight_strides[2] = out_stride;
+  t.start = a.start.data();
+  t.rows = const_data(rows);
+  t.weight = const_data(a.weight);
+  t.bias = bias;
+  t.result = mutable_data(result);
+  backend.run(t);
+}
+
 template <class Backend>
 Tensor grouped_linear(const Tensor& rows_in, const Tensor& weight, const std::optional<Tensor>& bias_in,
                              const Tensor& offsets) {
+  const Backend backend(rows_in);
   const GroupedArguments a(rows_in, weight, offsets);
   const Tensor rows = a.checked_rows("rows", rows_in, a.in);
   const auto bias = checked("bias", bias_in, rows_in, {a.experts, a.out}, a.type);
   const Tensor out = empty_output(rows, {a.rows, a.out}, {a.out, 1}, a.type, a.element_bytes);
+  multiply_thin(backend, a, rows, a.weight.stride(2), a.weight.stride(1), const_data(bias), out);
   for_experts(a, [&](int64_t e) {
-    if (a.count(e) == 0) return;
+    if (a.count(e) <= a.most_rows(rows)) return;
     Operands operands(a);
     const Matrix w = operands.operand(a.expert_weight(e)).transposed();
     operands.for_rows(a.start[e], a.start[e + 1], [&](int64_t begin, int64_t end) {
@@ -253,6 +280,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in, const Tensor& rows_in, const Tensor& weight,
                                                            const Tensor& offsets, bool wants_rows, bool wants_weight,
                                                            bool wants_bias) {
+  const Backend backend(rows_in);
   const GroupedArguments a(rows_in, weight, offsets);
   const Tensor rows = a.checked_rows("rows", rows_in, a.in);
   const Tensor grad = a.checked_rows("grad", grad_in, a.out);
@@ -265,6 +293,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in
   const Tensor grad_weight = output(wants_weight, {a.experts, a.out, a.in}, {a.out * a.in, row_stride, column_stride});
   const Tensor grad_bias = output(wants_bias, {a.experts, a.out}, {a.out, 1});
   const Tensor ones = wants_bias ? Operands(a).ones() : grad_bias;
+  if (wants_rows) multiply_thin(backend, a, grad, a.weight.stride(1), a.weight.stride(2), nullptr, grad_rows);
+  const int64_t most_rows = a.most_rows(grad);
   for_experts(a, [&](int64_t e) {
     const int64_t weight_bytes = a.out * a.in * a.element_bytes;
     if (a.count(e) == 0) {
@@ -274,7 +304,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in
     }
     Operands operands(a);
     Matrix w{}, to_weight{}, weight_sum{}, to_bias{}, bias_sum{};
-    if (wants_rows) w = operands.operand(a.expert_weight(e));
+    const bool multiplies = wants_rows && a.count(e) > most_rows;
+    if (multiplies) w = operands.operand(a.expert_weight(e));
     if (wants_weight) {
       char* data = memory_of(grad_weight) + e * weight_bytes;
       to_weight = {data, a.type, a.element_bytes, a.out, a.in, row_stride, column_stride};
@@ -288,7 +319,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in
       Operands part(a);
       const bool add = begin != a.start[e];
       const Matrix g = part.operand(a.matrix(grad).row_range(begin, end));
-      if (wants_rows) {
+      if (multiplies) {
         const Matrix to = a.matrix(grad_rows).row_range(begin, end);
         const Matrix result = part.result(to);
         multiply(result, g, w, false);

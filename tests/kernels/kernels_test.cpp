@@ -361,6 +361,22 @@ void linear_cases(Suite& suite) {
   }
 }
 
+// Runs the products of groups of few rows, with every number of rows that is multiplied at once.
+void thin_cases(Suite& suite) {
+  for (const DType dtype : kDTypes) {
+    for (const Layout weight : {Layout::Contiguous, Layout::Transposed}) {
+      for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 20}) {
+        for (const auto& [in, out] : {std::pair{1, 1}, {7, 50}, {64, 33}, {130, 1100}, {1100, 70}}) {
+          Case c{dtype, 1, rows, 3, 1, out, in};
+          c.weight = weight;
+          c.bias = rows % 2 == 0;
+          suite.run("thin_groups", c);
+        }
+      }
+    }
+  }
+}
+
 // Compares cuda::quotient with integer division, for numerators of every size that are multiples of the divisor, one less, and
 // others.
 void quotient_cases(Suite& suite) {
@@ -390,5 +406,6 @@ int main(int argc, char** argv) {
   slot_cases(suite);
   quotient_cases(suite);
   linear_cases(suite);
+  thin_cases(suite);
   return suite.finish();
 }

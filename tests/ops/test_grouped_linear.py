@@ -29,6 +29,7 @@ GROUPS = {
     "no row": ([0, 0, 0], 0),
     "no row of an expert": ([0, 0], 5),
     "many": ([1500, 3, 2, 0, 1], 1),
+    "at the limits of thin groups": ([8, 9, 0, 32, 33, 1, 31], 2),  # csrc/torch/grouped_linear.h
 }
 groups = pytest.mark.parametrize(("counts", "rest"), GROUPS.values(), ids=GROUPS.keys())
 

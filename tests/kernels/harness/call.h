@@ -25,7 +25,8 @@ using AnyArgs = std::variant<TOPN_GATING_KERNELS(TOPN_GATING_TYPE) TOPN_GATING_C
 #undef TOPN_GATING_TYPE
 
 template <class Args>
-constexpr bool kOnCpuAlone = std::is_same_v<Args, Linear> || std::is_same_v<Args, LinearBackward>;
+constexpr bool kOnCpuAlone = std::is_same_v<Args, Linear> || std::is_same_v<Args, LinearBackward> ||
+                               std::is_same_v<Args, ThinGroups>;
 
 // Memory of a device, and a function that returns memory with a buffer's contents; on the host it is the buffer's own memory.
 using Memory = std::shared_ptr<void>;

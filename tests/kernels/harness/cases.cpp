@@ -382,6 +382,23 @@ void linear_backward(Call& call, const Case& c) {
   call.workspace(a.workspace);
 }
 
+// Groups of up to `tokens` rows, some of them of none, with a matrix (dim, capacity) for each expert.
+void thin_groups(Call& call, const Case& c) {
+  const Problem p{c};
+  ThinGroups& a = call.arguments(ThinGroups{c.dtype, c.experts, c.dim, c.capacity, c.tokens, c.dim + 3});
+  a.weight_strides[0] = c.dim * c.capacity;
+  a.weight_strides[1] = c.weight == Layout::Transposed ? 1 : c.capacity;
+  a.weight_strides[2] = c.weight == Layout::Transposed ? c.dim : 1;
+  int64_t rows = 0;
+  call.input(a.start, p.buffer(Type::I32, c.experts + 1, [&](int64_t group) {
+    return double(group == 0 ? 0 : group == 1 ? rows += c.tokens : rows += p.random.below(c.tokens + 1));
+  }));
+  call.input(a.rows, p.values(p.type, rows * a.row_stride));
+  call.input(a.weight, p.values(p.type, c.experts * c.dim * c.capacity));
+  if (c.bias) call.input(a.bias, p.values(p.type, c.experts * c.capacity));
+  call.output(a.result, "result", p.type, rows * c.capacity, p.sum(c.dim));
+}
+
 }  // namespace
 
 const std::vector<Kernel> kKernels = {{"gate", gate},
@@ -395,7 +412,8 @@ const std::vector<Kernel> kKernels = {{"gate", gate},
                                       {"combine", combine},
                                       {"combine_backward", combine_backward},
                                       {"linear", linear, true},
-                                      {"linear_backward", linear_backward, true}};
+                                      {"linear_backward", linear_backward, true},
+                                      {"thin_groups", thin_groups, true}};
 
 void set_up(const char* name, Call& call, const Case& c) {
   for (const Kernel& kernel : kKernels) {

@@ -327,4 +327,21 @@ void run(const LinearBackward& a) {
   multiply({grad, 1, a.experts}, {x, a.dim, 1}, a.experts, a.tokens, a.dim, {a.grad_weight});
 }
 
+void run(const ThinGroups& a) {
+  const View rows{type_of(a.dtype), a.rows}, weight{type_of(a.dtype), a.weight}, bias{type_of(a.dtype), a.bias};
+  const Result result{a.result};
+  for (int64_t group = 0; group < a.groups; ++group) {
+    for (int64_t row = a.start[group]; row < a.start[group + 1]; ++row) {
+      for (int64_t column = 0; column < a.out; ++column) {
+        double sum = bias[group * a.out + column];
+        for (int64_t i = 0; i < a.in; ++i) {
+          const int64_t element = group * a.weight_strides[0] + i * a.weight_strides[1] + column * a.weight_strides[2];
+          sum += rows[row * a.row_stride + i] * weight[element];
+        }
+        result[row * a.out + column] = sum;
+      }
+    }
+  }
+}
+
 }  // namespace topn_gating::reference
