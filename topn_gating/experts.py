@@ -4,28 +4,16 @@ Symbols in shapes: ``e`` experts, ``C`` slots (capacity), ``R`` rows, ``d`` feat
 are the groups.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blockwise import blockwise
 from .checks import check_count, check_floating, check_number, check_positive, check_same_type
 from .dtypes import autocast
+from .gated import ACTIVATIONS, Clamp, gated_unit
 from .grouped import grouped_linear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    **{
-        name: getattr(F, name)
-        for name in (
-            *("celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish"),
-            *("relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign", "tanh", "tanhshrink"),
-        )
-    },
-}
 
 
 class FeedForwards(nn.Module):
@@ -56,7 +44,7 @@ class FeedForwards(nn.Module):
         if offsets is not None:
             if x.dim() != 2 or x.shape[1] != self.dim:
                 raise ValueError(f"x must have shape (rows, {self.dim}) beside offsets, got {tuple(x.shape)}")
-            hidden = self._unit_of_rows(grouped_linear(x, weight_in, offsets, bias_in), offsets)
+            hidden = self._unit(grouped_linear(x, weight_in, offsets, bias_in), offsets)
             rows: Tensor = grouped_linear(hidden, weight_out, offsets, bias_out)
             return rows
         if x.dim() < 3 or (x.shape[-3], x.shape[-1]) != (self.num_experts, self.dim):
@@ -64,7 +52,7 @@ class FeedForwards(nn.Module):
             raise ValueError(f"x must have shape {shape}, or be rows beside offsets, got {tuple(x.shape)}")
         by_slot = x.movedim((-3, -2), (0, 1))  # (e, C, …, dim): with the slots before the groups, export needs no guard
         rows = by_slot.flatten(1, -2)  # one product an expert, whatever the number of groups
-        hidden = self._unit_of_buffers(_batched_linear(rows, weight_in, bias_in))
+        hidden = self._unit(_batched_linear(rows, weight_in, bias_in), None)
         rows = _batched_linear(hidden, weight_out, bias_out)
         outputs: Tensor = rows.unflatten(1, by_slot.shape[1:-1]).movedim((0, 1), (-3, -2))
         return outputs
@@ -73,12 +61,8 @@ class FeedForwards(nn.Module):
         """Weight ``(e, out, in)`` and bias ``(e, out)`` of each linear layer."""
         raise NotImplementedError
 
-    def _unit_of_rows(self, u: Tensor, offsets: Tensor) -> Tensor:
-        """The gated unit ``(R, f)`` of rows ``(R, 2f)``."""
-        raise NotImplementedError
-
-    def _unit_of_buffers(self, u: Tensor) -> Tensor:
-        """The gated unit ``(e, rows, f)`` of ``(e, rows, 2f)``."""
+    def _unit(self, u: Tensor, offsets: Tensor | None) -> Tensor:
+        """The gated unit ``(…, f)`` of rows ``(R, 2f)`` beside ``offsets``, or of ``(e, rows, 2f)``."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -144,14 +128,14 @@ class Experts(FeedForwards):
     def _layers(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         return (self.weight_in.mT, self.bias_in.squeeze(1)), (self.weight_out.mT, self.bias_out.squeeze(1))
 
-    def _unit_of_rows(self, u: Tensor, offsets: Tensor) -> Tensor:
-        row = torch.arange(u.shape[0], dtype=torch.int32, device=u.device)
-        expert = torch.searchsorted(offsets, row, right=True).clamp(max=self.num_experts - 1)
-        # The gradient of an embedding adds in one order on every device; that of an index does not.
-        return blockwise(_geglu, u, F.embedding(expert, self.mult_bias.squeeze(1)), offsets=offsets)
-
-    def _unit_of_buffers(self, u: Tensor) -> Tensor:
-        return blockwise(_geglu, u, self.mult_bias)
+    def _unit(self, u: Tensor, offsets: Tensor | None) -> Tensor:
+        mult_bias: Tensor = self.mult_bias
+        if offsets is not None:
+            row = torch.arange(u.shape[0], dtype=torch.int32, device=u.device)
+            expert = torch.searchsorted(offsets, row, right=True).clamp(max=self.num_experts - 1)
+            # The gradient of an embedding adds in one order on every device; that of an index does not.
+            mult_bias = F.embedding(expert, mult_bias.squeeze(1))
+        return (gated_unit(u, "gelu", "gate last") * mult_bias).to(u.dtype)
 
 
 class GLUExperts(FeedForwards):
@@ -245,27 +229,9 @@ class GLUExperts(FeedForwards):
         weights = (w.mT if self.transposed else w for w in (self.gate_up_proj, self.down_proj))
         return (next(weights), self.gate_up_proj_bias), (next(weights), self.down_proj_bias)
 
-    def _unit_of_rows(self, u: Tensor, offsets: Tensor) -> Tensor:
-        return self._gated(u) if callable(self.activation) else blockwise(self._gated, u, offsets=offsets)
-
-    def _unit_of_buffers(self, u: Tensor) -> Tensor:
-        if callable(self.activation):
-            return self._gated(u)
-        hidden: Tensor = blockwise(self._gated, u.flatten(0, 1)).unflatten(0, u.shape[:2])
-        return hidden
-
-    def _gated(self, u: Tensor) -> Tensor:
-        gate, up = (u[..., ::2], u[..., 1::2]) if self.interleaved else u.chunk(2, dim=-1)
-        if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-            return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
-        activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
-        return activation(gate) * up
-
-
-def _geglu(u: Tensor, mult_bias: Tensor) -> Tensor:
-    value, gate = u.chunk(2, dim=-1)
-    return (value * F.gelu(gate) * mult_bias).to(u.dtype)
+    def _unit(self, u: Tensor, offsets: Tensor | None) -> Tensor:
+        clamp = None if self.limit is None else Clamp(self.limit, self.alpha)
+        return gated_unit(u, self.activation, "in turn" if self.interleaved else "gate first", clamp)
 
 
 def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

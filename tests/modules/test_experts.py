@@ -12,8 +12,8 @@ from torch import nn
 from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
 
-from topn_gating import Experts, GLUExperts, blockwise
-from topn_gating.experts import ACTIVATIONS
+from topn_gating import Experts, GLUExperts
+from topn_gating.gated import ACTIVATIONS
 
 DIM, EXPERTS, HIDDEN = 6, 4, 5
 OFFSETS = (3, 3, 10, 11)  # the second expert has no row
@@ -108,23 +108,10 @@ def assert_near(actual, expected, tolerance):
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of few rows."""
-    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 25)
-
-
-@pytest.fixture(params=["whole", "blocks"])
-def block_size(request):
-    """One block, and blocks of few rows."""
-    if request.param == "blocks":
-        request.getfixturevalue("small_blocks")
-
-
 @DTYPES
 @forms
 @makers
-def test_same_as_a_loop_over_the_experts(make, form, dtype, block_size):
+def test_same_as_a_loop_over_the_experts(make, form, dtype):
     experts = made(make, dtype)
     args = arguments(form, dtype)
     exact = copy.deepcopy(experts).double()
@@ -140,7 +127,7 @@ def test_leading_dimensions_of_buffers(make, lead):
 
 
 @makers
-def test_rows_of_no_expert(make, nan_memory, small_blocks):
+def test_rows_of_no_expert(make, nan_memory):
     """They give 0 and get gradient 0, whatever they hold; and there may be none, or no other."""
     experts, (x, offsets) = made(make), arguments("rows")
     expected = with_gradients(experts, experts, x, offsets)
@@ -170,21 +157,21 @@ def test_empty_experts_have_gradient_0(make, form, nan_memory):
 
 @pytest.mark.parametrize("offsets", [(-5, 3, 2, 100), (2**31 - 1,) * 4, (-(2**31),) * 4, (9, 1, 5, 2)], ids=str)
 @makers
-def test_any_offsets_are_safe(make, offsets, small_blocks):
+def test_any_offsets_are_safe(make, offsets):
     experts, (x, _) = made(make), arguments("rows")
     assert all(t.isfinite().all() for t in with_gradients(experts, experts, x, torch.tensor(offsets, dtype=torch.int32)))
 
 
 @pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - {"gelu_tanh"}))
 @forms
-def test_activations_by_name(name, form, block_size):
+def test_activations_by_name(name, form):
     by_name, callable_ = (GLUExperts(DIM, EXPERTS, HIDDEN, activation=a) for a in (name, getattr(F, name)))
     callable_.load_state_dict(by_name.state_dict())
     args = arguments(form)
     torch.testing.assert_close(with_gradients(by_name, by_name, *args), with_gradients(callable_, callable_, *args))
 
 
-def test_frozen_parameters_get_no_gradient(small_blocks):
+def test_frozen_parameters_get_no_gradient():
     for make in MAKERS.values():
         experts, args = made(make), arguments("rows")
         expected = with_gradients(experts, experts, *args)
@@ -204,7 +191,7 @@ def test_frozen_parameters_get_no_gradient(small_blocks):
 
 
 @makers
-def test_second_derivative_of_buffers(make, small_blocks):
+def test_second_derivative_of_buffers(make):
     """Buffers go through torch's own products, which have every derivative."""
     experts, (x,) = made(make, torch.float64), arguments("buffers", torch.float64)
     x = x[0, 0, :, :3].clone().requires_grad_()
@@ -232,7 +219,7 @@ def kept_bytes(experts, *args):
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True, "interleaved": True, "limit": 7.0}], ids=["swiglu", "gpt-oss"])
-def test_autograd_keeps_the_products_alone(options, small_blocks):
+def test_autograd_keeps_the_products_alone(options):
     """Of ``f`` hidden features: the first product's ``2f`` and the unit's ``f``, whatever the unit computes in between."""
     rows, hidden = 512, 32
     experts = GLUExperts(DIM, EXPERTS, hidden, **options)
@@ -242,14 +229,14 @@ def test_autograd_keeps_the_products_alone(options, small_blocks):
 
 @DTYPES
 @makers
-def test_rows_are_the_same_bits_for_any_number_of_threads(make, dtype, small_blocks):
+def test_rows_are_the_same_bits_for_any_number_of_threads(make, dtype):
     experts, args = made(make, dtype), arguments("rows", dtype)
     assert_same_for_any_schedule(lambda: with_gradients(experts, experts, *args))
 
 
 @forms
 @makers
-def test_autocast(make, form, block_size):
+def test_autocast(make, form):
     experts, args = made(make), arguments(form)
     expected = with_gradients(experts, experts, *args)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -265,7 +252,7 @@ def test_autocast(make, form, block_size):
 
 @forms
 @makers
-def test_compiled(make, form, small_blocks):
+def test_compiled(make, form):
     experts, args = made(make), arguments(form)
     torch._dynamo.reset()
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
@@ -273,7 +260,7 @@ def test_compiled(make, form, small_blocks):
 
 
 @forms
-def test_no_recompilation_for_another_number_of_rows(form, small_blocks):
+def test_no_recompilation_for_another_number_of_rows(form):
     experts = GLUExperts(DIM, EXPERTS, HIDDEN)
     torch._dynamo.reset()
     compiled = torch.compile(experts, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -285,7 +272,7 @@ def test_no_recompilation_for_another_number_of_rows(form, small_blocks):
 
 @forms
 @makers
-def test_export_for_any_number_of_rows(make, form, small_blocks):
+def test_export_for_any_number_of_rows(make, form):
     experts, args = made(make), arguments(form)
     dynamic = {"x": {len(args[0].shape) - 2: Dim("rows", min=2, max=4096)}, "offsets": None}
     shapes = {name: dynamic[name] for name, _ in zip(dynamic, args, strict=False)}
@@ -296,7 +283,7 @@ def test_export_for_any_number_of_rows(make, form, small_blocks):
 
 @forms
 @makers
-def test_functional_transforms(make, form, small_blocks):
+def test_functional_transforms(make, form):
     experts = made(make, torch.float64)
     x, *offsets = arguments(form, torch.float64)
 
@@ -314,7 +301,7 @@ def test_functional_transforms(make, form, small_blocks):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @forms
 @makers
-def test_activation_checkpointing(make, form, use_reentrant, small_blocks):
+def test_activation_checkpointing(make, form, use_reentrant):
     experts, args = made(make), arguments(form)
 
     def recomputed(*args):
