@@ -53,12 +53,15 @@ TRAFFIC = {
     ),
     "linear": Traffic("x weight logits"),
     "linear_backward": Traffic("grad_logits x weight grad_x grad_weight"),
+    "grouped_linear": Traffic("rows weight bias offsets out"),
+    "grouped_linear_backward": Traffic("grad rows weight offsets grad_rows grad_weight grad_bias"),
 }
-ON_CPU_ALONE = ("linear", "linear_backward")
+ON_CPU_ALONE = ("linear", "linear_backward", "grouped_linear", "grouped_linear_backward")
 ROUTE, TOPK = "gate and assign", "torch.softmax and torch.topk"
+PRODUCTS = "torch.mm for each expert"  # what grouped_linear computes, without its bias
 EAGER, COMPILED = "reference route, eager", "reference route, compiled"
 EINSUMS = {"einsum of dispatch": "...nd,...nec->...ecd", "einsum of combine": "...ecd,...nec->...nd"}
-COMPARISONS = (*EINSUMS, EAGER, COMPILED)
+COMPARISONS = (*EINSUMS, PRODUCTS, EAGER, COMPILED)
 
 
 def names(device: str) -> list[str]:
@@ -113,6 +116,13 @@ class Problem:
         """Returns both dense tensors."""
         return operator("dense")(**self.arguments("dense"))
 
+    def groups(self) -> dict:
+        """Returns rows of experts in equal groups, a matrix ``(d, d)`` for each, and where the groups end."""
+        b, n, d, e, k = self.shape
+        rows = b * n * k
+        ends = torch.arange(1, e + 1, device=self.device) * rows // e
+        return {"rows": self.normal(rows, d), "weight": self.normal(e, d, d), "offsets": ends.int()}
+
     def arguments(self, name: str) -> dict:
         """Returns the operator's arguments by the names of its schema.
 
@@ -150,6 +160,12 @@ class Problem:
             return {"y": self.slots(), "weight": self.kept, **rows}
         if name == "combine_backward":
             return {"grad_out": self.tokens(), "y": self.slots(), "weight": self.kept, **rows}
+        if name == "grouped_linear":
+            return {**self.groups(), "bias": self.normal(e, self.shape.d)}
+        if name == "grouped_linear_backward":
+            groups = self.groups()
+            wanted = {"wants_rows": True, "wants_weight": True, "wants_bias": True}
+            return {"grad": torch.randn_like(groups["rows"]), **groups, **wanted}
         product = {"x": self.tokens(), "weight": self.normal(e, self.shape.d)}
         if name == "linear":
             return product
@@ -157,10 +173,12 @@ class Problem:
 
     def large_bytes(self, name: str) -> int:
         """Returns the bytes of the dense tensors and of the rows that a line of the table allocates; all else is small."""
-        b, n, d, e, _ = self.shape
+        b, n, d, e, k = self.shape
         dense, rows = 2 * b * n * e * self.capacity, (b * n + b * e * self.capacity) * d
         if name in EINSUMS:
             count = dense + rows
+        elif name.startswith("grouped_linear") or name == PRODUCTS:
+            count = (4 if name.endswith("backward") else 2) * (b * n * k * d + e * d * d)
         elif name.startswith("dense"):
             count = dense
         else:
@@ -173,6 +191,12 @@ class Problem:
             return self.route
         if name == TOPK:
             return lambda: torch.topk(torch.softmax(self.logits, -1), self.shape.k)
+        if name == PRODUCTS:
+            groups = self.groups()
+            rows, weight, ends = groups["rows"], groups["weight"], groups["offsets"].tolist()
+            out = torch.empty_like(rows)
+            parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+            return lambda: [torch.mm(rows[part], w.t(), out=out[part]) for part, w in zip(parts, weight, strict=True)]
         if name in EINSUMS:
             rows, dense = (self.tokens(), self.dense()[0]) if "dispatch" in name else (self.slots(), self.dense()[1])
             return lambda: torch.einsum(EINSUMS[name], rows, dense)

@@ -40,7 +40,7 @@ STRATA = {
 }
 # Files that the tests of a machine without a GPU do not run, or whose changes they need not notice.
 LEFT_OUT = {"csrc/torch/cuda_backend.cpp", "csrc/torch/no_cuda_backend.cpp", "topn_gating/__main__.py", "csrc/inline.h"}
-OPERATORS = ("gate_backward", "gate", "assign", "dense", "dispatch", "combine", "linear")
+OPERATORS = ("gate_backward", "gate", "assign", "dense", "dispatch", "combine", "grouped_linear", "linear")
 
 # Flags that make unaligned accesses fail, as on a GPU; x86 would allow them.
 TRAPS = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
@@ -301,7 +301,8 @@ def operator_of(path: str) -> str | None:
 def python_tests(path: str) -> list[str]:
     """Returns the tests in Python that may kill a mutant of a file, the quickest first."""
     operator = operator_of(path) if path.startswith("csrc") else None
-    own = [f"tests/modules/test_{Path(path).stem}.py", *([f"tests/ops/test_{operator.split('_')[0]}.py"] if operator else [])]
+    own = [f"tests/modules/test_{Path(path).stem}.py"]
+    own += [f"tests/ops/test_{operator.removesuffix('_backward')}.py"] if operator else []
     found = [name for name in own if (ROOT / name).exists()]
     if path.startswith("topn_gating"):
         return [*found, "tests/modules", "tests/ops", "tests/torch_modes"]

@@ -11,7 +11,7 @@ import kernels
 import operators
 import pytest
 import torch
-from operators import COMPARISONS, EAGER, EINSUMS, ROUTE, TOPK, TRAFFIC, Problem
+from operators import COMPARISONS, EAGER, EINSUMS, PRODUCTS, ROUTE, TOPK, TRAFFIC, Problem
 from shapes import Shape
 
 import topn_gating
@@ -81,6 +81,8 @@ def test_bytes(dtype, size):
         "combine_backward": slots * (4 + d * size) + all_pairs * 4 + pairs * (12 + d * size) + tokens * d * size,
         "linear": (b * n * (d + e) + e * d) * size,
         "linear_backward": (b * n * (2 * d + e) + 2 * e * d) * size,
+        "grouped_linear": (2 * all_pairs * d + e * d * (d + 1)) * size + e * 4,
+        "grouped_linear_backward": (3 * all_pairs * d + e * d * (2 * d + 1)) * size + e * 4,
     }
     assert set(expected) == set(TRAFFIC)
     for name, count in expected.items():
@@ -89,7 +91,7 @@ def test_bytes(dtype, size):
         assert TRAFFIC[name].bytes(arguments | results, problem.slot) == count, name
 
 
-@pytest.mark.parametrize("name", [*TRAFFIC, ROUTE, TOPK, *EINSUMS, EAGER])
+@pytest.mark.parametrize("name", [*TRAFFIC, ROUTE, TOPK, *EINSUMS, PRODUCTS, EAGER])
 def test_every_line_is_measured(name, environment):
     figure = kernels.measure(Problem(kernels.SMALL[0], torch.float32, "cpu"), name, 1)
     assert figure.seconds > 0
@@ -99,9 +101,10 @@ def test_every_line_is_measured(name, environment):
 def test_what_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr(clock, "free_bytes", lambda device: 10_000)
     problem = Problem(Shape(2, 40, 8, 4, 2), torch.float32, "cpu")
-    names = [*TRAFFIC, *EINSUMS]
+    names = [*TRAFFIC, PRODUCTS, *EINSUMS]
     too_large = {name for name in names if kernels.measure(problem, name, 1) == kernels.Figure(why=kernels.TOO_LARGE)}
-    assert too_large == {"dense", "dense_backward", "dispatch_backward", "combine_backward", *EINSUMS}
+    grouped = {"grouped_linear", "grouped_linear_backward", PRODUCTS}
+    assert too_large == {"dense", "dense_backward", "dispatch_backward", "combine_backward", *grouped, *EINSUMS}
 
 
 def test_a_comparison_may_run_out_of_memory(monkeypatch):
