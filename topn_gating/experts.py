@@ -38,9 +38,8 @@ class FeedForwards(nn.Module):
         """
         (weight_in, bias_in), (weight_out, bias_out) = self._layers()
         check_floating("x", x)
-        x, weight_in, weight_out = autocast(x), autocast(weight_in), autocast(weight_out)
-        bias_in, bias_out = (None if bias is None else autocast(bias) for bias in (bias_in, bias_out))
-        check_same_type(x, weight_in, "experts'")
+        if x.dtype != weight_in.dtype:
+            check_same_type(autocast(x), autocast(weight_in), "experts'")
         if offsets is not None:
             if x.dim() != 2 or x.shape[1] != self.dim:
                 raise ValueError(f"x must have shape (rows, {self.dim}) beside offsets, got {tuple(x.shape)}")
@@ -50,6 +49,8 @@ class FeedForwards(nn.Module):
         if x.dim() < 3 or (x.shape[-3], x.shape[-1]) != (self.num_experts, self.dim):
             shape = f"(..., {self.num_experts}, capacity, {self.dim})"
             raise ValueError(f"x must have shape {shape}, or be rows beside offsets, got {tuple(x.shape)}")
+        x, weight_in, weight_out = autocast(x), autocast(weight_in), autocast(weight_out)
+        bias_in, bias_out = (None if bias is None else autocast(bias) for bias in (bias_in, bias_out))
         by_slot = x.movedim((-3, -2), (0, 1))  # (e, C, …, dim): with the slots before the groups, export needs no guard
         rows = by_slot.flatten(1, -2)  # one product an expert, whatever the number of groups
         hidden = self._unit(_batched_linear(rows, weight_in, bias_in), None)

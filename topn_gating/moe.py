@@ -128,5 +128,6 @@ class MoE(nn.Module):
         """
         routing = self.gate.route(x, noise_gates, noise_mult, token_mask=token_mask, generator=generator)
         outputs = routing.combine(self.experts(routing.dispatch(x)))
-        total_aux_loss = routing.balance_loss * self.balance_loss_coef + routing.router_z_loss * self.router_z_loss_coef
+        balance_loss = routing.balance_loss * self.balance_loss_coef
+        total_aux_loss = torch.add(balance_loss, routing.router_z_loss, alpha=self.router_z_loss_coef)
         return MixtureOfExpertsReturn(outputs, total_aux_loss, routing.balance_loss, routing.router_z_loss)
