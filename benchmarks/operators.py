@@ -93,7 +93,7 @@ class Problem:
         self.draws = torch.rand(b, n, k, device=device, dtype=self.compute_dtype)
         self.threshold = torch.full((k,), THRESHOLD, device=device, dtype=self.compute_dtype)
         self.weight, self.expert, _, self.top_count, *_ = operator("gate")(**self.arguments("gate"))
-        self.kept, self.slot, self.source, _ = operator("assign")(**self.arguments("assign"))
+        self.kept, self.slot, self.source, *_ = operator("assign")(**self.arguments("assign"))
 
     def normal(self, *shape: int) -> Tensor:
         """Returns random numbers of the problem's type."""
@@ -142,7 +142,7 @@ class Problem:
             return {**grads, "logits": self.logits, "expert": self.expert, "top_count": self.top_count, **optional, **options}
         if name == "assign":
             arguments = {"weight": self.weight, "expert": self.expert, "draws": self.draws, "threshold": self.threshold}
-            sizes = {"num_gates": e, "capacity": self.capacity, "policy": POLICIES.index(POLICY), "eps": EPS}
+            sizes = {"num_gates": e, "capacity": self.capacity, "align": 1, "policy": POLICIES.index(POLICY), "eps": EPS}
             return {**arguments, "token_mask": None, **sizes}
         if name == "assign_backward":
             return {"grad_kept": self.weight, "slot": self.slot}
@@ -152,6 +152,7 @@ class Problem:
         if name == "dense_backward":
             grad_dispatch, grad_combine = self.dense()
             return {"grad_dispatch": grad_dispatch, "grad_combine": grad_combine, **rows}
+        rows["offsets"] = None
         if name == "dispatch":
             return {"x": self.tokens(), "weight": self.kept, **rows, "straight_through": True}
         if name == "dispatch_backward":

@@ -49,7 +49,7 @@ def calls() -> Iterator[tuple[str, Forward, Sequence[Tensor]]]:
     yield "ops.gate", lambda: Gate.call(logits, None, None, SHAPE.k, EPS, 1.0, False, True), [logits]
     yield (
         "ops.assign",
-        lambda: Assign.call(*top, draws, threshold, None, SHAPE.e, ours.problem.capacity, 0, EPS),
+        lambda: Assign.call(*top, draws, threshold, None, SHAPE.e, ours.problem.capacity, 1, 0, EPS),
         [top[0]],
     )
     yield "dispatch", lambda: (topn_gating.dispatch(x, routing),), [x]

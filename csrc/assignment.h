@@ -16,20 +16,27 @@ TOPN_INLINE bool is_above_threshold(T weight, T threshold) {
   return weight > threshold;
 }
 
-// Returns the index over all groups of the slot that a pair of a group holds, or -1. `pair` is token * top_n + rank in the group.
-TOPN_INLINE int64_t held_slot(const Assignment& a, int64_t group, int64_t pair) {
-  const int64_t index = group * a.tokens * a.top_n + pair;
-  const int64_t e = a.expert[index], c = a.slot[index];
-  if (c < 0 || c >= a.capacity || e < 0 || e >= a.experts) return -1;
-  const int64_t slot = (group * a.experts + e) * a.capacity + c;
-  return a.source[slot] == pair ? slot : -1;
+// Returns the index over all groups of the row of an expert's slot in a group, or -1 where the expert has no such slot.
+TOPN_INLINE int64_t row_of_slot(const Assignment& a, int64_t group, int64_t expert, int64_t slot) {
+  if (slot < 0 || expert < 0 || expert >= a.experts) return -1;
+  if (a.offsets == nullptr) return slot < a.capacity ? (group * a.experts + expert) * a.capacity + slot : -1;
+  const int64_t row = (expert == 0 ? 0 : int64_t(a.offsets[expert - 1])) + slot, end = a.offsets[expert];
+  return row >= 0 && row < end && end <= a.rows ? row : -1;
 }
 
-// Returns the index over all groups of the pair that holds a slot, or -1. `slot` is an index over all groups, too.
-TOPN_INLINE int64_t holding_pair(const Assignment& a, int64_t group, int64_t slot) {
-  const int64_t pairs = a.tokens * a.top_n, pair = a.source[slot];
+// Returns the index over all groups of the row whose slot a pair of a group holds, or -1. `pair` is token * top_n + rank in the
+// group.
+TOPN_INLINE int64_t held_row(const Assignment& a, int64_t group, int64_t pair) {
+  const int64_t index = group * a.tokens * a.top_n + pair;
+  const int64_t row = row_of_slot(a, group, a.expert[index], a.slot[index]);
+  return row >= 0 && a.source[row] == pair ? row : -1;
+}
+
+// Returns the index over all groups of the pair that holds the slot of a row, or -1. `row` is an index over all groups, too.
+TOPN_INLINE int64_t holding_pair(const Assignment& a, int64_t group, int64_t row) {
+  const int64_t pairs = a.tokens * a.top_n, pair = a.source[row];
   if (pair < 0 || pair >= pairs) return -1;
-  return held_slot(a, group, pair) == slot ? group * pairs + pair : -1;
+  return held_row(a, group, pair) == row ? group * pairs + pair : -1;
 }
 
 }  // namespace topn_gating

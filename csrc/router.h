@@ -8,7 +8,13 @@
 //   e  experts
 //   k  ranks: the experts that each token chooses (top_n), best first
 //   C  capacity: the slots of each expert in each group
+//   R  rows of all experts in the dropless layout
 //   d  features of a token
+//
+// The rows of the experts have one of two layouts (docs/spec.md, step 8). In the capacity layout each expert has C rows in each
+// group: (g, e, C). In the dropless layout all tokens are one group (g = 1), and each expert has as many rows as pairs, rounded up
+// to a multiple of `align`, one expert behind the other: (R). There `offsets` (e) holds the end of each expert's rows. In both, a
+// slot counts an expert's rows from 0, and the rows from the last expert's end to R belong to no expert.
 //
 // A pair is a token and a rank: an element of a tensor (g, n, k). The compute type of a tensor is the type in which its values
 // are computed: float for F32, BF16 and F16, double for F64.
@@ -70,8 +76,15 @@ struct GateBackward : GateInputs {
 // Which pairs of ranks above 0 are routed: with probability weight / threshold, above the threshold, all, or none.
 enum class Policy { Random, Threshold, All, None };
 
+// Returns R, which depends on no value: the most rows that the pairs can take, and a multiple of `align`.
+constexpr int64_t dropless_rows(int64_t pairs, int64_t experts, int64_t align) {
+  return (pairs + (experts + 1) * (align - 1)) / align * align;
+}
+
 struct AssignOptions {
-  int64_t capacity;  // C
+  int64_t capacity;  // C; 0 in the dropless layout
+  int64_t rows;      // rows of a group: e · C, or R
+  int64_t align;     // divisor of each expert's number of rows in the dropless layout
   Policy policy;
   double eps;  // lower bound of the thresholds that divide the weights under Policy::Random
 };
@@ -90,9 +103,12 @@ struct Assign : RoutingSizes, AssignOptions {
   const bool* token_mask = nullptr;  // (g, n) true where the token is valid; null: all are
   void* kept = nullptr;              // (g, n, k) the weight of each pair that holds a slot, 0 for others
   int32_t* slot = nullptr;           // (g, n, k) the slot that each pair holds, or kBelowThreshold or kOverCapacity
-  int32_t* source = nullptr;         // (g, e, C) token * top_n + rank of the pair of the group that holds the slot; -1: free
+  int32_t* source = nullptr;         // (g, e, C) or (R) token * top_n + rank of the group's pair that holds the row; -1: free
   int32_t* demand = nullptr;         // (g, e) number of routed pairs, those over capacity included
+  int32_t* offsets = nullptr;        // (e) end of each expert's rows; null: the capacity layout
   void* workspace = nullptr;         // workspace_bytes(*this) bytes, aligned to 16
+
+  constexpr bool dropless() const { return offsets != nullptr; }
 };
 
 struct AssignBackward {
@@ -106,13 +122,15 @@ struct AssignBackward {
 // Which pair holds which slot. A pair holds a slot where expert, slot and source agree and are in range, so that indices which
 // a caller made up can neither leave the tensors nor make two threads write to one row.
 struct Assignment : RoutingSizes {
-  int64_t capacity;                 // C
-  const int32_t* expert = nullptr;  // (g, n, k)
-  const int32_t* slot = nullptr;    // (g, n, k)
-  const int32_t* source = nullptr;  // (g, e, C)
+  int64_t capacity;                  // C; 0 in the dropless layout
+  int64_t rows;                      // rows of a group: e · C, or R
+  const int32_t* expert = nullptr;   // (g, n, k)
+  const int32_t* slot = nullptr;     // (g, n, k)
+  const int32_t* source = nullptr;   // (g, e, C) or (R)
+  const int32_t* offsets = nullptr;  // (e) end of each expert's rows; null: the capacity layout
 };
 
-// docs/spec.md, step 9. Each element of the two outputs is written once.
+// docs/spec.md, step 9, in the capacity layout alone. Each element of the two outputs is written once.
 struct Dense {
   DType dtype;  // type of both outputs
   Assignment assignment;
@@ -141,11 +159,11 @@ struct AssignedRows {
 // Copies each token's row to the slots that its pairs hold. Rows of free slots are zero.
 struct Dispatch : AssignedRows {
   const void* x = nullptr;  // (g, n, d)
-  void* y = nullptr;        // (g, e, C, d)
+  void* y = nullptr;        // (g, e, C, d) or (R, d)
 };
 
 struct DispatchBackward : AssignedRows {
-  const void* grad_y = nullptr;  // (g, e, C, d)
+  const void* grad_y = nullptr;  // (g, e, C, d) or (R, d)
   const void* x = nullptr;       // (g, n, d); null where no gradient of the weight is wanted
   void* grad_x = nullptr;        // (g, n, d)
   void* grad_weight = nullptr;   // (g, n, k) of the compute type; null with x
@@ -153,16 +171,16 @@ struct DispatchBackward : AssignedRows {
 
 // Sums the rows of the slots that each token's pairs hold, each times the pair's weight, in the order of the ranks.
 struct Combine : AssignedRows {
-  const void* y = nullptr;       // (g, e, C, d)
+  const void* y = nullptr;       // (g, e, C, d) or (R, d)
   const void* weight = nullptr;  // (g, n, k) of the compute type
   void* out = nullptr;           // (g, n, d)
 };
 
 struct CombineBackward : AssignedRows {
   const void* grad_out = nullptr;  // (g, n, d)
-  const void* y = nullptr;         // (g, e, C, d)
+  const void* y = nullptr;         // (g, e, C, d) or (R, d)
   const void* weight = nullptr;    // (g, n, k) of the compute type
-  void* grad_y = nullptr;          // (g, e, C, d) zero where the slot is free
+  void* grad_y = nullptr;          // (g, e, C, d) or (R, d) zero where the slot is free
   void* grad_weight = nullptr;     // (g, n, k) of the compute type
 };
 

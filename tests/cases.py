@@ -15,10 +15,13 @@ from torch import Tensor
 
 from topn_gating import Routing, reference
 from topn_gating.dtypes import compute_dtype
-from topn_gating.ops import POLICIES
+from topn_gating.ops import POLICIES, dropless_rows
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+# Options of `assign_case` and `assignment`: the capacity that a test names, or no capacity and an alignment.
+LAYOUTS = {"capacity": {}, **{f"dropless {align}": {"capacity": None, "align": align} for align in (1, 8)}}
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 EPS = 1e-9
 
@@ -149,6 +152,7 @@ class AssignResult(NamedTuple):
     slot: Tensor
     source: Tensor
     demand: Tensor
+    offsets: Tensor
 
 
 @dataclass
@@ -156,18 +160,19 @@ class AssignCase:
     weight: Tensor
     expert: Tensor
     num_gates: int
-    capacity: int
+    capacity: int | None  # None: the dropless layout
     policy: str = "all"
     draws: Tensor | None = None
     threshold: Tensor | None = None
     mask: Tensor | None = None
     eps: float = EPS
+    align: int = 1
 
     @property
     def args(self) -> tuple:
         policy = POLICIES.index(self.policy)
         tensors = self.weight, self.expert, self.draws, self.threshold, self.mask
-        return *tensors, self.num_gates, self.capacity, policy, self.eps
+        return *tensors, self.num_gates, self.capacity, self.align, policy, self.eps
 
     def run(self, backend: Backend) -> AssignResult:
         return AssignResult(*backend("assign", *self.args))
@@ -180,7 +185,15 @@ class AssignCase:
 
 
 def assign_case(
-    lead: tuple[int, ...], num_gates: int, top_n: int, capacity: int, policy: str = "all", *, dtype=torch.float32, mask=False
+    lead: tuple[int, ...],
+    num_gates: int,
+    top_n: int,
+    capacity: int | None,
+    policy: str = "all",
+    *,
+    dtype=torch.float32,
+    mask=False,
+    align=1,
 ) -> AssignCase:
     """Tokens ``lead`` (groups and positions) on experts of uneven popularity, so that some overflow and some stay empty."""
     scores = torch.randn((*lead, num_gates), dtype=dtype) + 2 * torch.rand(num_gates, dtype=dtype)
@@ -194,6 +207,7 @@ def assign_case(
         draws=torch.rand(weight.shape, dtype=dtype) if policy == "random" else None,
         threshold=torch.rand(top_n, dtype=dtype) if policy in ("random", "threshold") else None,
         mask=torch.rand(lead) < 0.7 if mask else None,
+        align=align,
     )
 
 
@@ -208,6 +222,7 @@ def check_assignment(case: AssignCase, out: AssignResult) -> None:
     experts, capacity, held = case.num_gates, case.capacity, out.slot >= 0
     assert ((out.slot >= -2) & (out.slot < capacity)).all()
     assert_same_bits(out.kept, case.weight.where(held, 0))
+    assert out.offsets.shape == (0,)
     place = torch.where(held, case.expert.long() * capacity + out.slot, -1)
     for pairs, source, demand in zip(by_group(place, 2), by_group(out.source, 2), by_group(out.demand, 1), strict=True):
         pairs, source = pairs.flatten(), source.flatten()
@@ -223,6 +238,27 @@ def check_assignment(case: AssignCase, out: AssignResult) -> None:
         assert (order.diff(dim=-1)[filled[:, 1:]] > 0).all()  # first by rank, then by token
 
 
+def check_dropless(case: AssignCase, out: AssignResult) -> None:
+    """The same for the dropless layout."""
+    held, pairs, rows = out.slot >= 0, case.expert.numel(), dropless_rows(case.expert.numel(), case.num_gates, case.align)
+    assert out.source.shape == (rows,)
+    assert rows >= pairs
+    assert rows % case.align == 0
+    assert ((out.slot >= -1) & (out.slot < max(pairs, 1))).all()  # none is over capacity
+    assert_same_bits(out.kept, case.weight.where(held, 0))
+    assert_same_bits(out.demand, torch.bincount(case.expert[held], minlength=case.num_gates).int())  # conservation
+    ends = out.offsets.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        demand, found = int(out.demand[expert]), out.source[start:end]
+        assert end % case.align == 0
+        assert 0 <= end - start - demand < case.align
+        chose = ((case.expert == expert) & held).flatten().nonzero()[:, 0].int()
+        assert_same_bits(found[:demand], chose)  # first by token, then by rank
+        assert_same_bits(out.slot.flatten()[chose], torch.arange(demand).int())
+        assert (found[demand:] == -1).all()
+    assert (out.source[ends[-1] :] == -1).all()
+
+
 @dataclass
 class Assignment:
     """Inputs of ``dense``, ``dispatch`` and ``combine``."""
@@ -231,44 +267,77 @@ class Assignment:
     expert: Tensor
     slot: Tensor
     source: Tensor
+    offsets: Tensor | None = None  # None: the capacity layout
     straight_through: bool = True
 
     @property
-    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+    def slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The indices that ``dense`` takes."""
         return self.expert, self.slot, self.source
+
+    @property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The indices that ``dispatch`` and ``combine`` take."""
+        return *self.slots, self.offsets
+
+    def map(self, function) -> "Assignment":
+        """The assignment with ``function`` of each tensor."""
+        tensors = {name: function(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
 
     def routing(self, weight: Tensor | None = None) -> Routing:
         weight = self.weight if weight is None else weight
-        return Routing(self.expert, weight, self.slot, self.source, None, None, None, self.straight_through)
+        fields = self.expert, weight, self.slot, self.source, None, None, None, self.straight_through, self.offsets
+        return Routing(*fields)
 
 
 def assignment(
-    lead: tuple[int, ...], num_gates: int, top_n: int, capacity: int, *, dtype=torch.float32, straight_through=True
+    lead: tuple[int, ...],
+    num_gates: int,
+    top_n: int,
+    capacity: int | None,
+    *,
+    dtype=torch.float32,
+    straight_through=True,
+    align=1,
 ) -> Assignment:
     """Returns a random assignment, computed by the reference; a third of the later ranks is below the threshold."""
-    case = assign_case(lead, num_gates, top_n, capacity, "threshold", dtype=compute_dtype(dtype))
+    case = assign_case(lead, num_gates, top_n, capacity, "threshold", dtype=compute_dtype(dtype), align=align)
     case.threshold = case.weight.flatten(0, -2).quantile(1 / 3, dim=0) if case.weight.numel() else case.threshold
     out = case.oracle()
-    return Assignment(out.kept, case.expert, out.slot, out.source, straight_through)
+    offsets = None if capacity is not None else out.offsets
+    return Assignment(out.kept, case.expert, out.slot, out.source, offsets, straight_through)
+
+
+def places(a: Assignment) -> tuple[Tensor, int]:
+    """The row of each pair's slot ``(…, n, k)``, or where there is no such slot the number of rows; and that number."""
+    known = (a.expert >= 0) & (a.slot >= 0)
+    if a.offsets is None:
+        num_gates, capacity = a.source.shape[-2:]
+        size, known = num_gates * capacity, known & (a.expert < num_gates) & (a.slot < capacity)
+        return torch.where(known, a.expert.long() * capacity + a.slot, size), size
+    size, known = a.source.shape[0], known & (a.expert < len(a.offsets))
+    expert, ends = a.expert.long().where(known, 0), a.offsets.long()
+    row, end = torch.cat([ends.new_zeros(1), ends[:-1]])[expert] + a.slot, ends[expert]
+    return torch.where(known & (row >= 0) & (row < end) & (end <= size), row, size), size
 
 
 def in_range(a: Assignment) -> Tensor:
     """Pairs whose expert and slot exist, ``(…, n, k)``: those that ``dense`` shows."""
-    num_gates, capacity = a.source.shape[-2:]
-    return (a.expert >= 0) & (a.expert < num_gates) & (a.slot >= 0) & (a.slot < capacity)
+    place, size = places(a)
+    return place < size
 
 
 def honest(a: Assignment) -> Assignment:
     """What is left of tampered indices: pairs that hold a slot in range which names them as its source."""
-    *lead, tokens, top_n = a.slot.shape
-    num_gates, capacity = a.source.shape[-2:]
-    size = num_gates * capacity
-    place = torch.where(in_range(a), a.expert.long() * capacity + a.slot, size).flatten(-2)
-    pair = torch.arange(tokens * top_n).expand(*lead, -1)
-    named = torch.cat([a.source.flatten(-2), a.source.new_full((*lead, 1), -1)], -1).gather(-1, place) == pair
+    place, size = places(a)
+    per_group = -2 if a.offsets is None else 0
+    place, source = place.flatten(per_group), a.source.flatten(per_group)
+    pair = torch.arange(place.shape[-1]).expand_as(place)
+    named = torch.cat([source, source.new_full((*source.shape[:-1], 1), -1)], -1).gather(-1, place) == pair
     place = place.where(named, size)
-    source = torch.full((*lead, size + 1), -1).scatter(-1, place, pair)[..., :-1].unflatten(-1, (num_gates, capacity))
-    return replace(a, slot=a.slot.where(named.unflatten(-1, (tokens, top_n)), -1), source=source.int())
+    source = torch.full((*source.shape[:-1], size + 1), -1).scatter(-1, place, pair)[..., :-1]
+    return replace(a, slot=a.slot.where(named.view(a.slot.shape), -1), source=source.view(a.source.shape).int())
 
 
 def tampered(a: Assignment, share: float = 0.3) -> Assignment:
@@ -280,6 +349,10 @@ def tampered(a: Assignment, share: float = 0.3) -> Assignment:
         new = torch.where(torch.rand(t.shape) < 0.5, outside, inside)
         return torch.where(torch.rand(t.shape) < share, new.int(), t)
 
-    num_gates, capacity = a.source.shape[-2:]
-    pairs = a.slot.shape[-2] * a.slot.shape[-1]
-    return replace(a, expert=tamper(a.expert, num_gates), slot=tamper(a.slot, capacity), source=tamper(a.source, pairs))
+    if a.offsets is None:
+        (num_gates, capacity), pairs, offsets = a.source.shape[-2:], a.slot.shape[-2:].numel(), None
+    else:
+        num_gates, capacity, pairs = len(a.offsets), len(a.source) // len(a.offsets), a.slot.numel()
+        offsets = tamper(a.offsets, len(a.source))
+    expert, slot, source = tamper(a.expert, num_gates), tamper(a.slot, capacity), tamper(a.source, pairs)
+    return replace(a, expert=expert, slot=slot, source=source, offsets=offsets)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtypes import FLOAT_TYPES, autocast
+from .dtypes import FLOAT_TYPES, autocast, compute_dtype
 from .eager import readable
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -136,6 +136,40 @@ def check_logits(logits: Tensor, top_n: int) -> int:
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., tokens, experts) with an expert or more, got {tuple(logits.shape)}")
     return check_top_n(top_n, logits.shape[-1])
+
+
+def check_chosen(
+    expert: Tensor | None, weight: Tensor | None, num_gates: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """Returns chosen experts and their weights, both ``(…, n, k)``, as int32 and in the type that weights are computed in.
+
+    An index below -1 or from ``num_gates`` on is an error where the values can be read at once.
+    """
+    if expert is None:
+        raise ValueError("logits must be given, or expert, weight and num_gates in their place")
+    if weight is None:
+        raise ValueError("weight must be given beside expert")
+    if num_gates is None:
+        raise ValueError("num_gates must be given beside expert")
+    num_gates = check_count("num_gates", num_gates)
+    if not isinstance(expert, Tensor) or expert.dtype not in (torch.int32, torch.int64):
+        got = expert.dtype if isinstance(expert, Tensor) else type(expert).__name__
+        raise TypeError(f"expert must be an int32 or int64 tensor, got {got}")
+    _check_dense("expert", expert)
+    check_floating("weight", weight)
+    if expert.dim() < 2 or expert.shape[-1] < 1:
+        raise ValueError(f"expert must have shape (..., tokens, top_n) with a rank or more, got {tuple(expert.shape)}")
+    if weight.shape != expert.shape:
+        raise ValueError(f"weight must have the shape of expert, {tuple(expert.shape)}, got {tuple(weight.shape)}")
+    if weight.device != expert.device:
+        raise ValueError(f"weight must be on {expert.device} with expert, got {weight.device}")
+    if readable(expert) and expert.numel():
+        least, most = (int(t) for t in expert.aminmax())
+        if least < -1 or most >= num_gates:
+            raise ValueError(f"expert must be from -1 to {num_gates - 1} (num_gates - 1), got {least if least < -1 else most}")
+    if expert.dtype == torch.int64:
+        expert = expert.clamp(-1, num_gates).int()  # an index out of range, which is not routed, must not become another
+    return expert, weight.to(compute_dtype(weight.dtype)), num_gates
 
 
 def check_tensor(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """From logits to a :class:`topn_gating.Routing`, and its two uses as functions.
 
-Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features;
-``…`` are the groups.
+Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``R`` rows of all
+experts in the dropless layout, ``d`` features; ``…`` are the groups.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from . import ops, reference
 from .checks import (
     check_choice,
+    check_chosen,
     check_count,
     check_generator,
     check_instance,
@@ -38,13 +39,18 @@ def expert_capacity(tokens: int, num_gates: int, capacity_factor: float, min_exp
 
 
 def route(
-    logits: Tensor,
+    logits: Tensor | None = None,
     top_n: int = 2,
     *,
+    expert: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_gates: int | None = None,
     capacity: int | None = None,
-    capacity_factor: float = 1.25,
-    min_expert_capacity: int = 4,
-    policy: ops.Policy = "random",
+    capacity_factor: float | None = None,
+    min_expert_capacity: int | None = None,
+    dropless: bool = False,
+    align: int = 1,
+    policy: ops.Policy | None = None,
     threshold: float | Sequence[float] | Tensor = 0.2,
     eps: float = 1e-9,
     noise_gates: bool = False,
@@ -55,20 +61,29 @@ def route(
     token_mask: Tensor | None = None,
     differentiable_topk: bool = False,
     differentiable_topk_fused: bool = True,
-    straight_through: bool = True,
+    straight_through: bool | None = None,
     balance_on: BalanceOn = "routed",
     losses: bool = True,
 ) -> Routing:
-    """Routes tokens by their gate logits (GShard, arXiv 2006.16668; ST-MoE, arXiv 2202.08906).
+    """Routes tokens by their gate logits (GShard, arXiv 2006.16668; ST-MoE, arXiv 2202.08906), or to experts chosen elsewhere.
 
     Args:
         logits: ``(…, n, e)`` float32, float64, bfloat16 or float16. Half types are computed in float32.
-        top_n: experts of a token, 1 to ``e``.
+        top_n: experts of a token, 1 to ``e``, which ``logits`` choose.
+        expert: in place of ``logits``, the chosen experts ``(…, n, k)``, int32 or int64; -1 is a pair that is not routed. Both
+            losses are 0. In a CUDA tensor, which is not read back, any other index out of range is not routed either.
+        weight: beside ``expert``, the weights ``(…, n, k)``, which keep their gradient. They are read in float32 (float64 for
+            float64), and not normalised.
+        num_gates: beside ``expert``, the number of experts.
         capacity: slots ``C`` of an expert in a group; by default from ``capacity_factor`` and ``min_expert_capacity``.
-        capacity_factor: slots an expert has over the tokens it would get if all experts got the same, for one rank.
-        min_expert_capacity: the least that ``capacity_factor`` gives.
+        capacity_factor: slots an expert has over the tokens it would get if all experts got the same, for one rank; by default
+            1.25.
+        min_expert_capacity: the least that ``capacity_factor`` gives, by default 4.
+        dropless: the dropless layout (MegaBlocks, arXiv 2211.15841): no capacity, and no pair is dropped (:class:`Routing`).
+        align: divisor of each expert's number of rows when dropless: grouped products of 8-bit types ask for 16 to 128.
         policy: which ranks after the first are routed. ``"random"``: those with ``draws < weight / threshold``;
-            ``"threshold"``: those with ``weight > threshold``; ``"all"``; ``"none"``.
+            ``"threshold"``: those with ``weight > threshold``; ``"all"``; ``"none"``. By default ``"random"`` with logits and a
+            capacity, or where draws are given; else ``"all"``.
         threshold: a float, one float per rank from rank 1 on, or a tensor of shape ``(top_n,)`` whose first entry is not read.
             In a CUDA tensor, which is not read back, NaN routes nothing.
         eps: least denominator of the weights and thresholds.
@@ -81,9 +96,9 @@ def route(
         token_mask: ``(…, n)`` bool, True where the token is real. Others get no slot and add to no loss.
         differentiable_topk: weights from the soft top-n (arXiv 1502.04759) in place of the gates.
         differentiable_topk_fused: the soft top-n in one kernel; False composes it of torch operations.
-        straight_through: gives the dispatch tensor's gradient to the weights.
+        straight_through: gives the dispatch tensor's gradient to the weights; by default with logits alone.
         balance_on: ``"routed"``: ``balance_loss`` counts tokens before the capacity drop; ``"kept"``: after, as
-            st-moe-pytorch and zeta do.
+            st-moe-pytorch and zeta do. Dropless, both are the same.
         losses: False gives zeros for both losses, as evaluation does.
 
     Returns:
@@ -93,47 +108,65 @@ def route(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument has the wrong value, shape or device.
     """
-    top_n = check_logits(logits, top_n)
+    if policy is None:
+        policy = "all" if draws is None and (dropless or logits is None) else "random"
     check_choice("policy", policy, ops.POLICIES)
     check_choice("balance_on", balance_on, BALANCE_ON)
     eps, noise_mult = check_positive("eps", eps), check_number("noise_mult", noise_mult)
-    *lead, n, num_gates = logits.shape
-    dtype, device = compute_dtype(logits.dtype), logits.device
-    if capacity is None:
-        capacity_factor = check_positive("capacity_factor", capacity_factor)
-        min_expert_capacity = check_count("min_expert_capacity", min_expert_capacity)
-        capacity = expert_capacity(n, num_gates, capacity_factor, min_expert_capacity)
+    if logits is not None:
+        for name, given in (("expert", expert), ("weight", weight), ("num_gates", num_gates)):
+            if given is not None:
+                raise ValueError(f"{name} must be None beside logits, which choose the experts and their weights")
+        top_n = check_logits(logits, top_n)
+        *lead, n, num_gates = logits.shape
+        dtype, device = compute_dtype(logits.dtype), logits.device
     else:
-        capacity = check_count("capacity", capacity)
+        for name, given in (("noise_gates", noise_gates), ("noise", noise), ("differentiable_topk", differentiable_topk)):
+            if given is not None and given is not False:
+                raise ValueError(f"{name} must be left out without logits, which alone it changes")
+        chosen, weights, num_gates = check_chosen(expert, weight, num_gates)
+        *lead, n, top_n = chosen.shape
+        dtype, device = weights.dtype, weights.device
+    capacity = _capacity(n, num_gates, dropless, capacity, capacity_factor, min_expert_capacity)
+    align = check_count("align", align)
+    if align != 1 and not dropless:
+        raise ValueError(f"align must be 1 unless dropless, got {align}")
     if token_mask is not None:
         check_tensor("token_mask", token_mask, (*lead, n), torch.bool, device)
     check_generator(generator, device)
 
     if noise is not None:
-        check_tensor("noise", noise, logits.shape, dtype, device)
+        check_tensor("noise", noise, (*lead, n, num_gates), dtype, device)
     if draws is not None:
         check_tensor("draws", draws, (*lead, n, top_n), dtype, device)
     least = _threshold_tensor(threshold, top_n, num_gates, dtype, device) if policy in ("random", "threshold") else None
     if noise is None and noise_gates:
-        noise = _uniform(logits.shape, generator, dtype, device)
+        noise = _uniform((*lead, n, num_gates), generator, dtype, device)
     if policy != "random":
         draws = None
     elif draws is None:
         draws = _uniform((*lead, n, top_n), generator, dtype, device)
 
-    fused = differentiable_topk and differentiable_topk_fused
-    weight, expert, importance, _, balance_loss, router_z_loss = ops.Gate.call(
-        logits, noise, token_mask, top_n, eps, noise_mult, fused, losses
+    importance = None
+    if logits is not None:
+        fused = differentiable_topk and differentiable_topk_fused
+        weights, chosen, importance, _, balance_loss, router_z_loss = ops.Gate.call(
+            logits, noise, token_mask, top_n, eps, noise_mult, fused, losses
+        )
+        if differentiable_topk and not fused:
+            gates = reference.scores(logits, noise, noise_mult).softmax(-1)
+            weights = reference.topn_weight(gates, chosen, eps, soft=True)
+    else:
+        balance_loss, router_z_loss = torch.zeros(2, dtype=dtype, device=device).unbind()
+    kept, slot, source, demand, offsets = ops.Assign.call(
+        weights, chosen, draws, least, token_mask, num_gates, capacity, align, ops.POLICIES.index(policy), eps
     )
-    if differentiable_topk and not fused:
-        gates = reference.scores(logits, noise, noise_mult).softmax(-1)
-        weight = reference.topn_weight(gates, expert, eps, soft=True)
-    kept, slot, source, demand = ops.Assign.call(
-        weight, expert, draws, least, token_mask, num_gates, capacity, ops.POLICIES.index(policy), eps
-    )
-    if losses and balance_on == "kept":
+    if importance is not None and losses and balance_on == "kept" and not dropless:
         balance_loss = _balance_on_kept(importance, source, top_n, n, token_mask)
-    return Routing(expert, kept, slot, source, demand, balance_loss, router_z_loss, straight_through)
+    if straight_through is None:
+        straight_through = logits is not None
+    where = offsets if dropless else None
+    return Routing(chosen, kept, slot, source, demand, balance_loss, router_z_loss, straight_through, where)
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:
@@ -146,6 +179,28 @@ def combine(y: Tensor, routing: Routing) -> Tensor:
     """``routing.combine(y)``: see :meth:`Routing.combine`."""
     check_instance("routing", routing, Routing, "topn_gating.Routing")
     return routing.combine(y)
+
+
+def _capacity(
+    n: int,
+    num_gates: int,
+    dropless: bool,
+    capacity: int | None,
+    capacity_factor: float | None,
+    min_expert_capacity: int | None,
+) -> int | None:
+    """Slots of an expert for a group of ``n`` tokens, None when dropless."""
+    if dropless:
+        options = {"capacity": capacity, "capacity_factor": capacity_factor, "min_expert_capacity": min_expert_capacity}
+        for name, given in options.items():
+            if given is not None:
+                raise ValueError(f"{name} must be left out when dropless, where nothing is dropped, got {given}")
+        return None
+    if capacity is not None:
+        return check_count("capacity", capacity)
+    factor = check_positive("capacity_factor", 1.25 if capacity_factor is None else capacity_factor)
+    least = check_count("min_expert_capacity", 4 if min_expert_capacity is None else min_expert_capacity)
+    return expert_capacity(n, num_gates, factor, least)
 
 
 def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, n: int, token_mask: Tensor | None) -> Tensor:

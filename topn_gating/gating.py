@@ -43,7 +43,11 @@ class TopNGating(nn.Module):
             arXiv 2303.09752).
         differentiable_topk_fused: computes it in one kernel; False composes it of torch operations. Same numbers.
         min_expert_capacity: the least number of slots.
-        policy_train: ``"random"`` (as above), ``"threshold"`` (``weight_k > threshold``), ``"all"`` or ``"none"``.
+        dropless: the dropless layout (MegaBlocks, arXiv 2211.15841), where no token is dropped and nothing has a capacity
+            (:class:`topn_gating.Routing`). It has no dense form: :meth:`route` alone gives it.
+        align: divisor of each expert's number of rows when dropless.
+        policy_train: ``"random"`` (as above), ``"threshold"`` (``weight_k > threshold``), ``"all"`` or ``"none"``; by default
+            ``"random"``, or ``"all"`` when dropless.
         policy_eval: the same in eval mode.
         balance_on: ``"routed"``: the balance loss counts tokens before the capacity drop; ``"kept"``: after it, as the
             peers do.
@@ -86,14 +90,19 @@ class TopNGating(nn.Module):
         differentiable_topk_fused: bool = True,
         min_expert_capacity: int = 4,
         *,
-        policy_train: Policy = "random",
-        policy_eval: Policy = "random",
+        dropless: bool = False,
+        align: int = 1,
+        policy_train: Policy | None = None,
+        policy_eval: Policy | None = None,
         balance_on: BalanceOn = "routed",
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        default: Policy = "all" if dropless else "random"
+        policy_train = default if policy_train is None else policy_train
+        policy_eval = default if policy_eval is None else policy_eval
         check_choice("policy_train", policy_train, POLICIES)
         check_choice("policy_eval", policy_eval, POLICIES)
         check_choice("balance_on", balance_on, BALANCE_ON)
@@ -109,6 +118,10 @@ class TopNGating(nn.Module):
         self.differentiable_topk = differentiable_topk
         self.differentiable_topk_fused = differentiable_topk_fused
         self.min_expert_capacity = check_count("min_expert_capacity", min_expert_capacity)
+        self.dropless = dropless
+        self.align = check_count("align", align)
+        if self.align != 1 and not dropless:
+            raise ValueError(f"align must be 1 unless dropless, got {align}")
         self.policy_train = policy_train
         self.policy_eval = policy_eval
         self.balance_on = balance_on
@@ -134,14 +147,15 @@ class TopNGating(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the parentheses."""
+        factors = f"capacity_factor=({self.capacity_factor_train}, {self.capacity_factor_eval})"
         return (
             f"dim={self.dim}, num_gates={self.num_gates}, top_n={self.top_n}, "
-            f"capacity_factor=({self.capacity_factor_train}, {self.capacity_factor_eval}), "
+            f"{f'dropless, align={self.align}' if self.dropless else factors}, "
             f"policy=({self.policy_train}, {self.policy_eval})"
         )
 
     def capacity(self, tokens: int) -> int:
-        """Slots an expert has for a group of ``tokens``, in the module's present mode."""
+        """Slots an expert has for a group of ``tokens``, in the module's present mode; unless dropless."""
         factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
         return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
@@ -185,7 +199,9 @@ class TopNGating(nn.Module):
         return route(
             self.logits(x),
             self.top_n,
-            capacity=self.capacity(x.shape[-2]),
+            capacity=None if self.dropless else self.capacity(x.shape[-2]),
+            dropless=self.dropless,
+            align=self.align,
             policy=self.policy_train if self.training else self.policy_eval,
             threshold=self.threshold_train if self.training else self.threshold_eval,
             eps=self.eps,
@@ -214,7 +230,13 @@ class TopNGating(nn.Module):
         Returns:
             ``dispatch`` and ``combine``, ``(…, n, e, C)`` of x's type, and the two losses, ``()`` in float32 (float64 for
             float64), which are 0 in eval mode.
+
+        Raises:
+            ValueError: the module is dropless, which has no dense form; or as :meth:`route`.
+            TypeError: as :meth:`route`.
         """
+        if self.dropless:
+            raise ValueError("forward() gives dense tensors, which a dropless module does not have: use route()")
         routing = self.route(x, noise_gates, noise_mult, token_mask=token_mask, generator=generator)
         dispatch, combine = routing.dense(x.dtype)
         return dispatch, combine, routing.balance_loss, routing.router_z_loss

@@ -3,8 +3,8 @@
 Importing this module loads the extension, which defines ``torch.ops.topn_gating.*`` (schemas in ``csrc/torch/schema.h``,
 meaning in ``csrc/router.h``).
 
-Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features;
-``…`` are the groups, any number of leading dimensions.
+Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``R`` rows of all
+experts in the dropless layout, ``d`` features; ``…`` are the groups, any number of leading dimensions.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,11 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)  # in the order of the enum in c
 INT_MAX = 2**31 - 1
 
 
+def dropless_rows(pairs: int, num_gates: int, align: int) -> int:
+    """Rows ``R`` of all experts in the dropless layout: the most that ``pairs`` can take, a multiple of ``align``."""
+    return pairs if align == 1 else (pairs + (num_gates + 1) * (align - 1)) // align * align
+
+
 # What the fakes refuse: what csrc/torch refuses of tensors with data.
 
 
@@ -47,25 +52,37 @@ def _logits_shape(logits: Tensor, top_n: int) -> torch.Size:
     return logits.shape
 
 
-def _expect_pairs(name: str, t: Tensor, num_gates: int, capacity: int) -> None:
-    """Checks the sizes of ``(…, n, k)`` tensors beside expert buffers."""
+def _expect_count(name: str, count: int) -> None:
+    for in_range in (count >= 1, count <= INT_MAX):  # each alone: together they would be a Python branch on a symbol
+        expect(in_range, f"{name} must be from 1 to 2^31 - 1, got {count}")
+
+
+def _expect_pairs(name: str, t: Tensor, num_gates: int, capacity: int | None) -> None:
+    """Checks the sizes of ``(…, n, k)`` tensors beside the experts' rows, without a capacity those of the dropless layout."""
     expect(t.dim() >= 2, f"{name} must have shape (..., tokens, top_n)")
-    tokens, top_n = t.shape[-2:]
-    expect(num_gates >= 1, f"num_gates must be at least 1, got {num_gates}")
-    for in_range in (capacity >= 1, capacity <= INT_MAX):  # each alone: together they would be a Python branch on a symbol
-        expect(in_range, f"capacity must be from 1 to 2^31 - 1, got {capacity}")
+    tokens, top_n = t.shape[-2] if capacity is not None else t.shape[:-1].numel(), t.shape[-1]
+    _expect_count("num_gates", num_gates)
+    if capacity is not None:
+        _expect_count("capacity", capacity)
     expect(top_n >= 1, "top_n must be at least 1, got 0")
     expect(tokens * top_n <= INT_MAX, f"tokens * top_n must be below 2^31, got {tokens} * {top_n}")
 
 
-def _expect_assigned(expert: Tensor, slot: Tensor, source: Tensor) -> None:
-    """Checks ``expert`` and ``slot`` ``(…, n, k)`` beside ``source`` ``(…, e, C)``."""
+def _expect_assigned(expert: Tensor, slot: Tensor, source: Tensor, offsets: Tensor | None = None) -> None:
+    """Checks ``expert`` and ``slot`` ``(…, n, k)`` beside ``source`` ``(…, e, C)``, or ``(R,)`` and ``offsets`` ``(e,)``."""
     expect(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)")
-    expect(source.dim() == expert.dim(), "source must have shape (..., experts, capacity), like expert")
-    _expect_pairs("expert", expert, *source.shape[-2:])
+    if offsets is None:
+        expect(source.dim() == expert.dim(), "source must have shape (..., experts, capacity), like expert")
+        _expect_pairs("expert", expert, *source.shape[-2:])
+        expect_tensor("source", source, (*expert.shape[:-2], *source.shape[-2:]), torch.int32)
+    else:
+        expect(source.dim() == 1, "source must have shape (rows) beside offsets")
+        expect(offsets.dim() == 1, "offsets must have shape (experts)")
+        _expect_pairs("expert", expert, offsets.shape[0], None)
+        expect_tensor("source", source, source.shape, torch.int32)
+        expect_tensor("offsets", offsets, offsets.shape, torch.int32)
     expect_tensor("expert", expert, expert.shape, torch.int32)
     expect_tensor("slot", slot, expert.shape, torch.int32)
-    expect_tensor("source", source, (*expert.shape[:-2], *source.shape[-2:]), torch.int32)
 
 
 def _expect_rows(name: str, t: Tensor, shape: Sequence[int]) -> None:
@@ -150,7 +167,7 @@ class Assign(Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _kept, slot, _source, _demand = output
+        _kept, slot, *_ = output
         ctx.save_for_backward(slot)
         ctx.set_materialize_grads(False)
 
@@ -166,11 +183,13 @@ class Assign(Operator):
         threshold: Tensor | None,
         token_mask: Tensor | None,
         num_gates: int,
-        capacity: int,
+        capacity: int | None,
+        align: int,
         policy: int,
         eps: float,
     ) -> tuple[Tensor, ...]:
         _expect_pairs("weight", weight, num_gates, capacity)
+        _expect_count("align", align)
         _expect_dtype("weight", weight.dtype, COMPUTE_TYPES)
         expect(0 <= policy < len(POLICIES), f"policy must be from 0 to {len(POLICIES) - 1}, got {policy}")
         chosen = POLICIES[policy]
@@ -182,11 +201,17 @@ class Assign(Operator):
         expect_tensor("draws", draws, weight.shape, weight.dtype)
         expect_tensor("threshold", threshold, (top_n,), weight.dtype)
         expect_tensor("token_mask", token_mask, (*lead, n), torch.bool)
+        if capacity is None:
+            rows = dropless_rows(weight.numel(), num_gates, align)
+            message = "tokens * top_n + num_gates * (align - 1) must be below 2^31, rounded up to a multiple of align"
+            expect(rows <= INT_MAX, f"{message}, got {weight.numel()} + {num_gates} * {align - 1}")
+            shapes: tuple[tuple[int, ...], ...] = (rows,), (num_gates,), (num_gates,)
+        else:
+            shapes = (*lead, num_gates, capacity), (*lead, num_gates), (0,)
         return (
             weight.new_empty(weight.shape),
             weight.new_empty(weight.shape, dtype=torch.int32),
-            weight.new_empty((*lead, num_gates, capacity), dtype=torch.int32),
-            weight.new_empty((*lead, num_gates), dtype=torch.int32),
+            *(weight.new_empty(shape, dtype=torch.int32) for shape in shapes),
         )
 
     @staticmethod
@@ -242,7 +267,7 @@ class Dense(Operator):
 
 @operator("dispatch")
 class Dispatch(Operator):
-    """``dispatch``: token rows to expert buffers."""
+    """``dispatch``: token rows to the experts' rows."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -256,15 +281,25 @@ class Dispatch(Operator):
         return grad_x, None if x is None else grad_weight
 
     @staticmethod
-    def fake(x: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor, straight_through: bool) -> Tensor:
-        _expect_assigned(expert, slot, source)
+    def fake(
+        x: Tensor,
+        weight: Tensor,
+        expert: Tensor,
+        slot: Tensor,
+        source: Tensor,
+        offsets: Tensor | None,
+        straight_through: bool,
+    ) -> Tensor:
+        _expect_assigned(expert, slot, source, offsets)
         _expect_rows("x", x, expert.shape[:-1])
         expect_tensor("weight", weight, expert.shape, compute_dtype(x.dtype))
         return x.new_empty((*source.shape, x.shape[-1]))
 
     @staticmethod
-    def fake_backward(grad_y: Tensor, x: Tensor | None, expert: Tensor, slot: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        _expect_assigned(expert, slot, source)
+    def fake_backward(
+        grad_y: Tensor, x: Tensor | None, expert: Tensor, slot: Tensor, source: Tensor, offsets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        _expect_assigned(expert, slot, source, offsets)
         _expect_rows("grad_y", grad_y, source.shape)
         tokens = (*slot.shape[:-1], grad_y.shape[-1])
         expect_tensor("x", x, tokens, grad_y.dtype)
@@ -274,7 +309,7 @@ class Dispatch(Operator):
 
 @operator("combine")
 class Combine(Operator):
-    """``combine``: expert buffers back to token rows, weighted."""
+    """``combine``: the experts' rows back to token rows, weighted."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -286,17 +321,25 @@ class Combine(Operator):
         return grad_y, grad_weight
 
     @staticmethod
-    def fake(y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor) -> Tensor:
-        _expect_assigned(expert, slot, source)
+    def fake(
+        y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor, offsets: Tensor | None
+    ) -> Tensor:
+        _expect_assigned(expert, slot, source, offsets)
         _expect_rows("y", y, source.shape)
         expect_tensor("weight", weight, expert.shape, compute_dtype(y.dtype))
         return y.new_empty((*slot.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def fake_backward(
-        grad_out: Tensor, y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor
+        grad_out: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        expert: Tensor,
+        slot: Tensor,
+        source: Tensor,
+        offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out = Combine.fake(y, weight, expert, slot, source)
+        out = Combine.fake(y, weight, expert, slot, source, offsets)
         expect_tensor("grad_out", grad_out, out.shape, y.dtype)
         return y.new_empty(y.shape), weight.new_empty(weight.shape)
 

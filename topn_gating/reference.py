@@ -4,7 +4,8 @@ Every function takes and returns what its namesake in :mod:`topn_gating` does, r
 gives the gradients, of any order. It costs what such code costs, a ``(…, n, k, e)`` one-hot and more; nothing but tests,
 benchmarks and ``differentiable_topk_fused=False`` uses it.
 
-Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features.
+Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``R`` rows of all
+experts in the dropless layout, ``d`` features.
 """
 
 from typing import Literal
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dtypes import compute_dtype
-from .ops import Policy
+from .ops import Policy, dropless_rows
 from .routing import Routing
 
 SOFT_EPS = 0.1
@@ -93,14 +94,19 @@ def assign(
     expert: Tensor,
     *,
     num_gates: int,
-    capacity: int,
+    capacity: int | None,
+    align: int = 1,
     policy: Policy = "random",
     draws: Tensor | None = None,
     threshold: Tensor | None = None,
     eps: float = 1e-9,
     token_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``kept weight, slot (…, n, k), source (…, e, C), demand (…, e)``: threshold masking, then the slots."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``kept weight, slot (…, n, k), source (…, e, C), demand (…, e), offsets (0,)``: threshold masking, then the slots.
+
+    Without a capacity in the dropless layout, where the last three are ``source (R,), demand (e,), offsets (e,)``. An expert
+    out of range is not routed.
+    """
     *lead, n, top_n = weight.shape
     if policy == "random":
         assert draws is not None
@@ -114,8 +120,21 @@ def assign(
     routed = torch.cat([torch.ones_like(routed[..., :1]), routed[..., 1:]], -1)
     if token_mask is not None:
         routed = routed & token_mask.unsqueeze(-1)
+    routed = routed & (expert >= 0) & (expert < num_gates)
+    expert = torch.where(routed, expert, 0).long()
+    pairs = F.one_hot(expert, num_gates) * routed.unsqueeze(-1)  # (…, n, k, e)
 
-    pairs = F.one_hot(expert.long(), num_gates) * routed.unsqueeze(-1)  # (…, n, k, e)
+    if capacity is None:
+        pairs = pairs.flatten(0, -2)
+        slot = ((pairs.cumsum(0) - pairs) * pairs).sum(-1).view(weight.shape).where(routed, -1)
+        demand = pairs.sum(0)
+        offsets = (-(-demand // align) * align).cumsum(0)
+        place = torch.where(routed, row_starts(offsets)[expert] + slot, -1).flatten()
+        rows = dropless_rows(len(pairs), num_gates, align)
+        source = torch.full((rows + 1,), -1, device=weight.device)  # a place of -1 is the last, which is cut off
+        source = source.scatter(0, place % (rows + 1), torch.arange(len(pairs), device=weight.device))[:-1]
+        return torch.where(routed, weight, 0), slot.int(), source.int(), demand.int(), offsets.int()
+
     earlier = pairs.cumsum(-3) - pairs
     routed_per_rank = pairs.sum(-3)  # (…, k, e)
     first = torch.zeros_like(routed_per_rank)
@@ -125,18 +144,25 @@ def assign(
     slot = torch.where(slot < capacity, slot, -2).where(routed, -1)
 
     kept = slot >= 0
-    held = torch.where(kept, expert.long() * capacity + slot, num_gates * capacity).flatten(-2)
+    held = torch.where(kept, expert * capacity + slot, num_gates * capacity).flatten(-2)
     pair = torch.arange(n * top_n, device=weight.device).expand(*lead, -1)
     source = torch.full((*lead, num_gates * capacity + 1), -1, device=weight.device)
     source = source.scatter(-1, held, pair)[..., :-1].unflatten(-1, (num_gates, capacity))
-    return torch.where(kept, weight, 0), slot.int(), source.int(), pairs.sum((-3, -2)).int()
+    offsets = torch.empty(0, dtype=torch.int32, device=weight.device)
+    return torch.where(kept, weight, 0), slot.int(), source.int(), pairs.sum((-3, -2)).int(), offsets
+
+
+def row_starts(offsets: Tensor) -> Tensor:
+    """The first row of each expert ``(e,)`` in the dropless layout."""
+    return F.pad(offsets.long(), (1, 0))[:-1]
 
 
 def route(
     logits: Tensor,
     *,
     top_n: int,
-    capacity: int,
+    capacity: int | None,
+    align: int = 1,
     policy: Policy = "random",
     draws: Tensor | None = None,
     threshold: Tensor | None = None,
@@ -159,11 +185,12 @@ def route(
         token_mask=token_mask,
         differentiable_topk=differentiable_topk,
     )
-    kept, slot, source, demand = assign(
+    kept, slot, source, demand, offsets = assign(
         weight,
         expert,
         num_gates=num_gates,
         capacity=capacity,
+        align=align,
         policy=policy,
         draws=draws,
         threshold=threshold,
@@ -174,28 +201,47 @@ def route(
         valid = torch.ones_like(slot[..., 0], dtype=torch.bool) if token_mask is None else token_mask
         held = F.one_hot(expert[..., 0].long(), num_gates) * (slot[..., :1] >= 0)
         balance_loss = balance(importance, mean_over_valid(held.to(importance.dtype), valid))
-    return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through)
+    where = None if capacity is not None else offsets
+    return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through, where)
 
 
-def dense(routing: Routing, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """``dispatch, combine`` of shape ``(…, n, e, C)``."""
-    num_gates, capacity = routing.source.shape[-2:]
-    size = num_gates * capacity
-    held = torch.where(routing.slot >= 0, routing.expert.long() * capacity + routing.slot, size)
+def by_row(routing: Routing, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``dispatch, combine`` with the experts' rows in one dimension: ``(…, n, e · C)``, or dropless ``(…, n, R)``."""
+    if routing.offsets is None:
+        num_gates, capacity = routing.source.shape[-2:]
+        size, start = num_gates * capacity, torch.arange(num_gates, device=routing.source.device) * capacity
+    else:
+        size, start = routing.source.shape[0], row_starts(routing.offsets)
+    kept = routing.slot >= 0
+    held = torch.where(kept, start[routing.expert.long().where(kept, 0)] + routing.slot, size)
     empty = routing.weight.new_zeros(*held.shape[:-1], size + 1)
-    combine = empty.scatter(-1, held, routing.weight)[..., :-1].unflatten(-1, (num_gates, capacity))
-    dispatch = empty.scatter(-1, held, 1.0)[..., :-1].unflatten(-1, (num_gates, capacity))
+    combine = empty.scatter(-1, held, routing.weight)[..., :-1]
+    dispatch = empty.scatter(-1, held, 1.0)[..., :-1]
     if routing.straight_through:
         dispatch = dispatch + (combine - combine.detach())
     dtype = dtype or combine.dtype
     return dispatch.to(dtype), combine.to(dtype)
 
 
+def dense(routing: Routing, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``dispatch, combine`` of shape ``(…, n, e, C)``."""
+    dispatch, combine = by_row(routing, dtype)
+    shape = routing.source.shape[-2:]
+    return dispatch.unflatten(-1, shape), combine.unflatten(-1, shape)
+
+
 def dispatch(x: Tensor, routing: Routing) -> Tensor:
-    """Expert inputs ``(…, e, C, d)`` of tokens ``x`` ``(…, n, d)`` through the dense tensor."""
-    return torch.einsum("...nd,...nec->...ecd", x, dense(routing, x.dtype)[0])
+    """Expert inputs ``(…, e, C, d)``, or dropless ``(R, d)``, of tokens ``x`` ``(…, n, d)`` through the dense tensor."""
+    dispatch = by_row(routing, x.dtype)[0]
+    if routing.offsets is not None:
+        return torch.einsum("nd,nr->rd", x.flatten(0, -2), dispatch.flatten(0, -2))
+    rows: Tensor = torch.einsum("...nd,...nr->...rd", x, dispatch).unflatten(-2, routing.source.shape[-2:])
+    return rows
 
 
 def combine(y: Tensor, routing: Routing) -> Tensor:
-    """Tokens ``(…, n, d)`` from expert outputs ``y`` ``(…, e, C, d)`` through the dense tensor."""
-    return torch.einsum("...ecd,...nec->...nd", y, dense(routing, y.dtype)[1])
+    """Tokens ``(…, n, d)`` from expert outputs ``y`` ``(…, e, C, d)``, or dropless ``(R, d)``, through the dense tensor."""
+    combine = by_row(routing, y.dtype)[1]
+    if routing.offsets is None:
+        y = y.flatten(-3, -2)
+    return torch.einsum("...rd,...nr->...nd", y, combine)

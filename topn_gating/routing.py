@@ -1,7 +1,8 @@
 """The compact form of a routing decision.
 
 ``Routing`` carries in ``O(n·k)`` numbers what the dense ``(…, n, e, C)`` tensors carry in ``O(n²)``. Symbols in shapes: ``n``
-tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``d`` features; ``…`` are the groups.
+tokens of a group, ``e`` experts, ``k`` ranks (``top_n``), ``C`` slots (capacity), ``R`` rows of all experts in the dropless
+layout, ``d`` features; ``…`` are the groups.
 """
 
 from typing import NamedTuple
@@ -10,13 +11,19 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_dtype, check_rows
+from .checks import check_count, check_dtype, check_rows
 from .dtypes import autocast, compute_dtype
 from .eager import readable
 
 
 class Routing(NamedTuple):
     """Which tokens go to which slots of which experts, and with what weight.
+
+    The experts' rows have one of two layouts. In the capacity layout each expert has ``C`` rows in each group, and pairs of a
+    token and a rank that find them taken are dropped. In the dropless layout (MegaBlocks, arXiv 2211.15841) all tokens are one
+    sequence, each expert has as many rows as it needs, and one expert's rows follow the other's: a row's index is the expert's
+    start plus the slot. Their number ``R`` depends on no value: it is ``k`` times the number of tokens, and with ``align = A``
+    that plus ``e · (A - 1)``, rounded up to a multiple of ``A``.
 
     A ``NamedTuple``, so that pytrees, ``torch.compile`` and activation checkpointing need nothing more. ``torch.load`` reads it
     under ``weights_only=True`` wherever ``topn_gating`` was imported.
@@ -25,11 +32,14 @@ class Routing(NamedTuple):
         expert: ``(…, n, k)`` int32, the chosen experts, best first.
         weight: ``(…, n, k)`` float32 (float64 for float64 logits), 0 where no slot is held. Differentiable.
         slot: ``(…, n, k)`` int32, the slot in the expert's buffer; -1 below the threshold (or padding), -2 over capacity.
-        source: ``(…, e, C)`` int32, the inverse: ``token * top_n + rank`` of the pair in the slot, -1 where empty.
-        demand: ``(…, e)`` int32, pairs routed to the expert before the capacity drop.
+        source: ``(…, e, C)`` int32, the inverse: ``token * top_n + rank`` of the pair in the slot, -1 where empty. Dropless:
+            ``(R,)``, where ``token`` counts the tokens of all groups.
+        demand: ``(…, e)`` int32, pairs routed to the expert before the capacity drop. Dropless: ``(e,)``.
         balance_loss: ``()``, the load-balancing loss (GShard, arXiv 2006.16668). Differentiable.
         router_z_loss: ``()``, the router z-loss (ST-MoE, arXiv 2202.08906). Differentiable.
         straight_through: whether :meth:`dispatch` and :meth:`dense` pass the dispatch gradient on to ``weight``.
+        offsets: dropless ``(e,)`` int32, where each expert's rows end, a multiple of ``align``, as
+            ``torch.nn.functional.grouped_mm`` takes them; None in the capacity layout.
     """
 
     expert: Tensor
@@ -40,16 +50,17 @@ class Routing(NamedTuple):
     balance_loss: Tensor
     router_z_loss: Tensor
     straight_through: bool = True
+    offsets: Tensor | None = None
 
     @property
-    def capacity(self) -> int:
-        """Slots of an expert in a group. A shape, so reading it never waits for the device."""
-        return self.source.shape[-1]
+    def capacity(self) -> int | None:
+        """Slots of an expert in a group, None when dropless. A shape, so reading it never waits for the device."""
+        return self.source.shape[-1] if self.offsets is None else None
 
     @property
     def load(self) -> Tensor:
-        """Slots held, ``(…, e)`` int32."""
-        return self.demand.clamp(max=self.capacity)
+        """Slots held, ``(…, e)`` int32, or ``(e,)`` when dropless."""
+        return self.demand if self.capacity is None else self.demand.clamp(max=self.capacity)
 
     @property
     def drop_fraction(self) -> Tensor:
@@ -57,26 +68,46 @@ class Routing(NamedTuple):
         demand = self.demand.sum()
         return (demand - self.load.sum()) / demand.clamp(min=1)
 
+    def as_dropless(self, align: int = 1) -> "Routing":
+        """The same decision in the dropless layout; itself if it is that already, with ``align = 1``.
+
+        Pairs that hold no slot have no row there. The weights keep their gradient.
+
+        Args:
+            align: divisor of each expert's number of rows: grouped products of 8-bit types ask for 16 to 128.
+        """
+        align, (num_gates,) = check_count("align", align), self.demand.shape[-1:]
+        if self.offsets is not None and align == 1 and self.source.shape[0] == self.weight.numel():
+            return self
+        held = self.expert.where(self.slot >= 0, -1)
+        weight, slot, source, demand, offsets = ops.Assign.call(
+            self.weight, held, None, None, None, num_gates, None, align, ops.POLICIES.index("all"), 1.0
+        )
+        return self._replace(weight=weight, slot=slot, source=source, demand=demand, offsets=offsets)
+
     def dispatch(self, x: Tensor) -> Tensor:
-        """Copies token rows into the expert buffers, ``einsum('…nd,…nec->…ecd', x, dispatch)`` at ``O(n·k·d)``.
+        """Copies token rows to the experts' rows, ``einsum('…nd,…nec->…ecd', x, dispatch)`` at ``O(n·k·d)``.
 
         Args:
             x: ``(…, n, d)`` floating point. Under autocast it is read in the autocast type, as the einsum would.
 
         Returns:
-            ``(…, e, C, d)`` of x's type; rows of empty slots are 0.
+            ``(…, e, C, d)`` of x's type, or ``(R, d)`` when dropless; rows that no pair holds are 0.
         """
         check_rows("x", x, self.expert.shape[:-1], self.expert.device)
         x = autocast(x)
         weight = self.weight.to(compute_dtype(x.dtype))
-        result: Tensor = ops.Dispatch.call(x, weight, self.expert, self.slot, self.source, self.straight_through)
+        result: Tensor = ops.Dispatch.call(
+            x, weight, self.expert, self.slot, self.source, self.offsets, self.straight_through
+        )
         return result
 
     def combine(self, y: Tensor) -> Tensor:
         """Brings expert outputs back to their tokens, ``einsum('…ecd,…nec->…nd', y, combine)`` at ``O(n·k·d)``.
 
         Args:
-            y: ``(…, e, C, d)`` floating point. Under autocast it is read in the autocast type, as the einsum would.
+            y: ``(…, e, C, d)``, or ``(R, d)`` when dropless, floating point. Under autocast it is read in the autocast type, as
+                the einsum would.
 
         Returns:
             ``(…, n, d)`` of y's type: for each token the weighted sum over its experts, 0 where it was dropped by all.
@@ -84,7 +115,7 @@ class Routing(NamedTuple):
         check_rows("y", y, self.source.shape, self.source.device)
         y = autocast(y)
         weight = self.weight.to(compute_dtype(y.dtype))
-        result: Tensor = ops.Combine.call(y, weight, self.expert, self.slot, self.source)
+        result: Tensor = ops.Combine.call(y, weight, self.expert, self.slot, self.source, self.offsets)
         return result
 
     def dense(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -92,7 +123,12 @@ class Routing(NamedTuple):
 
         Args:
             dtype: type of both, by default that of ``weight``.
+
+        Raises:
+            ValueError: the routing is dropless, where an expert has no fixed number of slots.
         """
+        if self.offsets is not None:
+            raise ValueError("dense() takes a routing in the capacity layout, got a dropless one: use dispatch() and combine()")
         check_dtype("dtype", dtype)
         dtype = dtype or self.weight.dtype
         weight = self.weight.to(compute_dtype(dtype))
@@ -100,9 +136,13 @@ class Routing(NamedTuple):
         return dispatch, combine
 
     def __repr__(self) -> str:
-        (*groups, tokens, top_n), (num_gates, capacity) = self.expert.shape, self.source.shape[-2:]
-        what = f"groups={tuple(groups)}, tokens={tokens}, experts={num_gates}, top_n={top_n}, capacity={capacity}"
-        if readable(self.demand):
+        *groups, tokens, top_n = self.expert.shape
+        what = f"groups={tuple(groups)}, tokens={tokens}, experts={self.demand.shape[-1]}, top_n={top_n}"
+        if self.offsets is not None:
+            what += f", dropless, rows={self.source.shape[0]}"
+        else:
+            what += f", capacity={self.capacity}"
+        if self.offsets is None and readable(self.demand):
             what += f", dropped={100 * self.drop_fraction.item():.1f}%"
         return f"Routing({what}, dtype={self.weight.dtype}, device='{self.weight.device}')"
 

@@ -93,9 +93,9 @@ void dense_tokens(const Dense& a, bool nontemporal, int64_t begin, int64_t end) 
     const int64_t group = token / s.tokens, first = group * s.tokens * s.top_n;
     int64_t count = 0;
     for (int64_t pair = token * s.top_n; pair < (token + 1) * s.top_n; ++pair) {
-      const int64_t slot = held_slot(s, group, pair - first);
-      if (slot < 0) continue;
-      const Entry entry{slot - group * row, pair};
+      const int64_t held = held_row(s, group, pair - first);
+      if (held < 0) continue;
+      const Entry entry{held - group * row, pair};
       int64_t i = count++;
       for (; i > 0 && entries[i - 1].position > entry.position; --i) entries[i] = entries[i - 1];
       entries[i] = entry;
@@ -121,7 +121,7 @@ void dense_backward_tokens(const DenseBackward& a, int64_t begin, int64_t end) {
     for (int64_t pair = token * s.top_n; pair < (token + 1) * s.top_n; ++pair) {
       const int64_t e = s.expert[pair], c = s.slot[pair];
       Weight grad = 0;
-      if (held_slot(s, group, pair - first) >= 0) {
+      if (held_row(s, group, pair - first) >= 0) {
         const auto at = [&](const void* tensor, const int64_t* strides) {
           const int64_t where = group * strides[0] + n * strides[1] + e * strides[2] + c * strides[3];
           return load_element(static_cast<const T*>(tensor) + where);

@@ -10,7 +10,7 @@ template <class T>
 void dispatch_backward_tokens(const DispatchBackward& a, const OutputRows& grad_x, int64_t begin, int64_t end) {
   using Weight = ComputeType<T>;
   const T* grad_y = static_cast<const T*>(a.grad_y);
-  HeldSlots held(a.assignment.top_n);
+  HeldRows held(a.assignment.top_n);
   for (int64_t token = begin; token < end; ++token) {
     held.find(a.assignment, token);
     sum_rows<T>(grad_y, held, nullptr, a.dim, grad_x.row<T>(token), grad_x.nontemporal);
@@ -18,7 +18,7 @@ void dispatch_backward_tokens(const DispatchBackward& a, const OutputRows& grad_
     Weight* grad_weight = static_cast<Weight*>(a.grad_weight);
     std::fill_n(grad_weight + token * a.assignment.top_n, a.assignment.top_n, Weight(0));
     for (int64_t i = 0; i < held.count; ++i) {
-      grad_weight[held.pair[i]] = dot(static_cast<const T*>(a.x) + token * a.dim, grad_y + held.slot[i] * a.dim, a.dim);
+      grad_weight[held.pair[i]] = dot(static_cast<const T*>(a.x) + token * a.dim, grad_y + held.row[i] * a.dim, a.dim);
     }
   }
 }
@@ -28,14 +28,14 @@ void dispatch_backward_tokens(const DispatchBackward& a, const OutputRows& grad_
 void run(const Dispatch& a, ParallelFor parallel_for) {
   const int64_t row_bytes = a.dim * element_bytes(a.dtype);
   const char* x = static_cast<const char*>(a.x);
-  const OutputRows y(a.y, num_slots(a.assignment), row_bytes);
-  parallel_tokens_and_slots(
+  const OutputRows y(a.y, num_rows(a.assignment), row_bytes);
+  parallel_tokens_and_rows(
       a.assignment, row_bytes, parallel_for,
       [&](int64_t begin, int64_t end) {
-        HeldSlots held(a.assignment.top_n);
+        HeldRows held(a.assignment.top_n);
         for (int64_t token = begin; token < end; ++token) {
           held.find(a.assignment, token);
-          for (int64_t i = 0; i < held.count; ++i) y.copy(held.slot[i], x + token * row_bytes);
+          for (int64_t i = 0; i < held.count; ++i) y.copy(held.row[i], x + token * row_bytes);
         }
       },
       [&](int64_t begin, int64_t end) { clear_free_rows(a.assignment, y, begin, end); });

@@ -30,14 +30,14 @@ struct OutputRows {
   void copy(int64_t i, const char* from) const { copy_lines(row<char>(i), from, bytes, nontemporal); }
 };
 
-inline int64_t num_slots(const Assignment& a) { return a.groups * a.experts * a.capacity; }
+inline int64_t num_rows(const Assignment& a) { return a.groups * a.rows; }
 
 // Runs f(first, last) on ranges of tokens, in parallel. A token's cost is that of its row and of one row for each slot that it
 // may hold.
 template <class F>
 void parallel_tokens(const Assignment& a, int64_t row_bytes, ParallelFor parallel_for, const F& f) {
   const int64_t tokens = a.groups * a.tokens;
-  const double slots = double(num_slots(a)) / double(std::max<int64_t>(1, tokens));
+  const double slots = double(num_rows(a)) / double(std::max<int64_t>(1, tokens));
   const double rows = 1 + std::min(slots, double(a.top_n));
   parallel(parallel_for, tokens, 0.03 * double(row_bytes) * rows + 5 * double(a.top_n), [&](int64_t begin, int64_t end) {
     f(begin, end);
@@ -45,41 +45,39 @@ void parallel_tokens(const Assignment& a, int64_t row_bytes, ParallelFor paralle
   });
 }
 
-// Does the same, and runs slots(first, last) on ranges of slots: each part of the loop gets its share of both.
-template <class F, class Slots>
-void parallel_tokens_and_slots(const Assignment& a, int64_t row_bytes, ParallelFor parallel_for, const F& f,
-                               const Slots& slots) {
-  const int64_t tokens = a.groups * a.tokens, count = num_slots(a);
-  if (tokens == 0) return slots(0, count);
+// Does the same, and runs rows(first, last) on ranges of the experts' rows: each part of the loop gets its share of both.
+template <class F, class Rows>
+void parallel_tokens_and_rows(const Assignment& a, int64_t row_bytes, ParallelFor parallel_for, const F& f, const Rows& rows) {
+  const int64_t tokens = a.groups * a.tokens, count = num_rows(a);
+  if (tokens == 0) return rows(0, count);
   parallel_tokens(a, row_bytes, parallel_for, [&](int64_t begin, int64_t end) {
     f(begin, end);
-    slots(begin * count / tokens, end * count / tokens);
+    rows(begin * count / tokens, end * count / tokens);
   });
 }
 
 // Writes zeros to the rows of free slots.
 inline void clear_free_rows(const Assignment& a, const OutputRows& rows, int64_t begin, int64_t end) {
-  const int64_t slots_of_group = a.experts * a.capacity;
-  for (int64_t slot = begin; slot < end; ++slot) {
-    if (a.source[slot] < 0 || holding_pair(a, slot / slots_of_group, slot) < 0) rows.clear(slot);
+  for (int64_t row = begin; row < end; ++row) {
+    if (a.source[row] < 0 || holding_pair(a, row / a.rows, row) < 0) rows.clear(row);
   }
 }
 
-// The slots that a token's pairs hold, in the order of the ranks.
-struct HeldSlots {
+// The rows whose slots a token's pairs hold, in the order of the ranks.
+struct HeldRows {
   int64_t count = 0;
-  Scratch<int64_t> slot, pair;  // indices over all groups
+  Scratch<int64_t> row, pair;  // indices over all groups
 
-  explicit HeldSlots(int64_t top_n) : slot(top_n), pair(top_n) {}
+  explicit HeldRows(int64_t top_n) : row(top_n), pair(top_n) {}
 
   // `token` is an index over all groups.
   void find(const Assignment& a, int64_t token) {
     count = 0;
     const int64_t group = token / a.tokens, first = group * a.tokens * a.top_n;
     for (int64_t i = token * a.top_n; i < (token + 1) * a.top_n; ++i) {
-      const int64_t s = held_slot(a, group, i - first);
-      if (s < 0) continue;
-      slot[count] = s;
+      const int64_t held = held_row(a, group, i - first);
+      if (held < 0) continue;
+      row[count] = held;
       pair[count++] = i;
     }
   }
@@ -161,12 +159,12 @@ TOPN_INLINE void for_features(int64_t dim, bool nontemporal, const F& f) {
       });
 }
 
-// Writes out[j] = Σ_i scale[pair_i] rows[slot_i][j], in the order of the ranks. A null scale is 1.
+// Writes out[j] = Σ_i scale[pair_i] rows[row_i][j], in the order of the ranks. A null scale is 1.
 template <class T>
-void sum_rows(const T* rows, const HeldSlots& held, const ComputeType<T>* scale, int64_t dim, T* out, bool nontemporal) {
+void sum_rows(const T* rows, const HeldRows& held, const ComputeType<T>* scale, int64_t dim, T* out, bool nontemporal) {
   for_features<T>(dim, nontemporal, [&](auto total, const auto& load, const auto& store) {
     for (int64_t i = 0; i < held.count; ++i) {
-      const auto row = load(rows + held.slot[i] * dim);
+      const auto row = load(rows + held.row[i] * dim);
       const ComputeType<T> factor = scale == nullptr ? ComputeType<T>(1) : scale[held.pair[i]];
       for (int u = 0; u < total.count; ++u) total.v[u] += factor * row.v[u];
     }

@@ -8,7 +8,7 @@ int64_t workspace_bytes(const Gate& a) { return gate_tile_bytes(a) + a.groups * 
 
 int64_t workspace_bytes(const Assign& a) {
   const int64_t tiles = assign_tiles(a.tokens, a.experts);
-  return tiles < 2 ? 0 : a.groups * tiles * a.top_n * a.experts * int64_t(sizeof(int32_t));
+  return tiles < 2 ? 0 : a.groups * tiles * assign_counters(a) * int64_t(sizeof(int32_t));
 }
 
 int64_t workspace_bytes(const LinearBackward& a) {

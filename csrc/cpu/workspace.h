@@ -34,6 +34,8 @@ inline int64_t gate_tile_bytes(const GateInputs& a) {
 
 // Returns the number of tokens of a tile of `assign`: enough that a tile's k·e counters do not outnumber its pairs.
 inline int64_t assign_tile(int64_t experts) { return experts > 512 ? experts : 512; }
+// Returns the number of counters of a tile: one for each rank and expert, or for each expert in the dropless layout.
+inline int64_t assign_counters(const Assign& a) { return (a.dropless() ? 1 : a.top_n) * a.experts; }
 // Returns the number of tiles of a group.
 inline int64_t assign_tiles(int64_t tokens, int64_t experts) { return ceil_div(tokens, assign_tile(experts)); }
 

@@ -1,7 +1,7 @@
 // docs/spec.md, steps 7 and 8, on a GPU.
 //
 // The pairs of a group are a sequence that is divided into tiles, one for each block, and these into runs, one for each warp. A
-// bin is a rank and an expert. Each run counts its routed pairs by bin; sums of the counts over lower ranks, earlier tiles and
+// bin is a rank and an expert, or in the dropless layout an expert. Each run counts its routed pairs by bin; sums of the counts over lower ranks, earlier tiles and
 // earlier runs are the run's first slots, from which it gives its pairs their slots in order. All of this is in integers, so
 // every schedule gives the same bits.
 #include "assignment.h"
@@ -30,7 +30,7 @@ __device__ __forceinline__ bool is_routed(const Assign& a, int64_t at, int rank)
 }
 
 // A block's tile of its group.
-template <class T>
+template <class T, bool Dropless>
 struct Block {
   const AssignTask& task;
   const Assign& a;
@@ -39,10 +39,11 @@ struct Block {
   int32_t* counters;  // (warps, bins) routed pairs of each run; later the number of those before the pairs that follow
   int32_t* first;     // (bins) the tile's first slot
   int32_t* demand;    // (e) routed pairs of the group
+  int32_t* starts;    // (e + 1) first row of each expert, and the end of the last one's rows; in the dropless layout alone
 
   __device__ Block(const AssignTask& t, int32_t* memory)
       : task(t), a(t.assign), group(blockIdx.x / t.tiles), tile(blockIdx.x % t.tiles), counters(memory),
-        first(counters + t.warps * t.bins), demand(first + t.bins) {}
+        first(counters + t.warps * t.bins), demand(first + t.bins), starts(demand + t.assign.experts) {}
 
   __device__ int32_t* own_counters() const { return counters + warp_id() * task.bins; }
   __device__ uint32_t* routed() const { return task.routed + group * task.words(); }
@@ -53,6 +54,10 @@ struct Block {
     for (int64_t i = threadIdx.x; i < task.warps * task.bins; i += blockDim.x) counters[i] = 0;
   }
 
+  __device__ __forceinline__ int64_t bin_of(int rank, int64_t expert) const {
+    return Dropless ? expert : rank * a.experts + expert;
+  }
+
   // Returns the pair's bin, or kNoBin where it is not routed.
   __device__ __forceinline__ int64_t routed_bin(const Pair& pair) const {
     if (!pair.in_run) return kNoBin;
@@ -60,7 +65,7 @@ struct Block {
     const int64_t expert = a.expert[at];
     if (expert < 0 || expert >= a.experts) return kNoBin;
     if (a.token_mask != nullptr && !a.token_mask[group * a.tokens + pair.token]) return kNoBin;
-    return is_routed<T>(a, at, pair.rank) ? pair.rank * a.experts + expert : kNoBin;
+    return is_routed<T>(a, at, pair.rank) ? bin_of(pair.rank, expert) : kNoBin;
   }
 
   // Counts the routed pairs of this warp's run by bin, and notes which pairs are routed.
@@ -103,11 +108,7 @@ struct Block {
       for (unsigned start = 0; start < task.tiles; start += kWarp) {
         const unsigned t = start + lane_id();
         const int32_t own = t < task.tiles ? counts(t)[bin] : 0;
-        int32_t sum = own;
-        for (unsigned by = 1; by < kWarp; by *= 2) {
-          const int32_t lower = shuffle_up(sum, int(by));
-          if (lane_id() >= by) sum += lower;
-        }
+        const int32_t sum = warp_scan(own);
         if (t < task.tiles) counts(t)[bin] = before + sum - own;
         before += shuffle(sum, kWarp - 1);
       }
@@ -130,10 +131,35 @@ struct Block {
     }
   }
 
-  __device__ void empty_free_slots() const {
+  // Computes, in one warp, the first row of each expert in the dropless layout.
+  __device__ void scan_experts() const {
+    if (warp_id() != 0) return;
+    const int32_t align = int32_t(a.align);
+    int32_t before = 0;
+    for (int64_t start = 0; start < a.experts; start += kWarp) {
+      const int64_t e = start + lane_id();
+      const int32_t sum = before + warp_scan(e < a.experts ? ceil_div(demand[e], align) * align : 0);
+      if (e < a.experts) {
+        starts[e + 1] = sum;
+        if (tile == 0) a.offsets[e] = sum;
+      }
+      before = shuffle(sum, kWarp - 1);
+    }
+    if (lane_id() == 0) starts[0] = 0;
+  }
+
+  // Returns the first row of an expert in the group.
+  __device__ __forceinline__ int64_t start_of(int64_t e) const { return Dropless ? starts[e] : e * a.capacity; }
+
+  // Writes -1 to the sources of the rows that no pair gets. The experts are divided among all warps of all tiles.
+  __device__ void free_rows() const {
+    int32_t* const source = a.source + group * a.rows;
     for (int64_t e = tile * task.warps + warp_id(); e < a.experts; e += task.tiles * task.warps) {
-      int32_t* const source = a.source + (group * a.experts + e) * a.capacity;
-      for (int64_t slot = int64_t(demand[e]) + lane_id(); slot < a.capacity; slot += kWarp) source[slot] = -1;
+      for (int64_t row = start_of(e) + demand[e] + lane_id(); row < start_of(e + 1); row += kWarp) source[row] = -1;
+    }
+    if constexpr (Dropless) {
+      const int64_t threads = int64_t(task.tiles) * blockDim.x;
+      for (int64_t row = starts[a.experts] + int64_t(tile) * blockDim.x + threadIdx.x; row < a.rows; row += threads) source[row] = -1;
     }
   }
 
@@ -149,7 +175,7 @@ struct Block {
         pair[u] = run.next();
         const int64_t at = group * task.pairs + pair[u].index;
         const bool routed_pair = pair[u].in_run && (routed()[pair[u].word()] >> lane_id() & 1);
-        bin[u] = routed_pair ? pair[u].rank * a.experts + a.expert[at] : kNoBin;
+        bin[u] = routed_pair ? bin_of(pair[u].rank, a.expert[at]) : kNoBin;
         weight[u] = routed_pair ? static_cast<const T*>(a.weight)[at] : T(0);
       }
       TOPN_UNROLL
@@ -168,20 +194,17 @@ struct Block {
 
   __device__ __forceinline__ void write(const Pair& pair, int64_t bin, int32_t slot, T weight) const {
     const int64_t at = group * task.pairs + pair.index;
-    const bool held = bin != kNoBin && slot < a.capacity;
-    if (held) {
-      const int64_t expert = bin - pair.rank * a.experts;
-      a.source[(group * a.experts + expert) * a.capacity + slot] = int32_t(pair.index);
-    }
+    const bool held = bin != kNoBin && (Dropless || slot < a.capacity);
+    if (held) a.source[group * a.rows + start_of(bin - bin_of(pair.rank, 0)) + slot] = int32_t(pair.index);
     a.slot[at] = bin == kNoBin || held ? slot : kOverCapacity;
     static_cast<T*>(a.kept)[at] = held ? weight : T(0);
   }
 };
 
-template <class T>
+template <class T, bool Dropless>
 __global__ void assign_pairs(AssignTask task) {
   SIMT_DYN_SMEM(int32_t, shared);
-  const Block<T> block(task, task.shared ? shared : task.block_memory + blockIdx.x * task.block_ints);
+  const Block<T, Dropless> block(task, task.shared ? shared : task.block_memory + blockIdx.x * task.block_ints);
   block.clear();
   __syncthreads();
   block.count();
@@ -196,7 +219,11 @@ __global__ void assign_pairs(AssignTask task) {
   }
   block.scan_ranks();
   __syncthreads();
-  block.empty_free_slots();
+  if constexpr (Dropless) {
+    block.scan_experts();
+    __syncthreads();
+  }
+  block.free_rows();
   block.give_slots();
 }
 
@@ -218,7 +245,8 @@ cudaError_t run(const Assign& a, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   if (task.bins >= std::numeric_limits<uint32_t>::max()) return cudaErrorInvalidValue;  // `match` compares 32 bits
-  const auto kernel = a.is_double ? assign_pairs<double> : assign_pairs<float>;
+  const auto kernel = a.dropless() ? (a.is_double ? assign_pairs<double, true> : assign_pairs<float, true>)
+                                   : (a.is_double ? assign_pairs<double, false> : assign_pairs<float, false>);
   const size_t shared = task.shared ? task.block_ints * sizeof(int32_t) : 0;
   const unsigned grid = unsigned(blocks), block = task.warps * kWarp;
   return task.tiles == 1 ? SIMT_LAUNCH(kernel, grid, block, shared, stream, task)

@@ -29,10 +29,10 @@ struct Entry {
     const Assignment& s = a.assignment;
     at = -1;
     if (pair >= s.groups * s.tokens * s.top_n) return;
-    const int64_t slot = held_slot(s, pair);
-    if (slot < 0) return;
+    const int64_t held = held_row(s, pair);
+    if (held < 0) return;
     const int64_t token = quotient(pair, s.top_n), group = quotient(token, s.tokens);
-    at = (token - group) * s.experts * s.capacity + slot;
+    at = (token - group) * s.experts * s.capacity + held;
     weight = static_cast<const Weight*>(a.weight)[pair];
   }
 };
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) dense_backward_pairs(Dense
     const int64_t token = quotient(pair, s.top_n), group = quotient(token, s.tokens), n = token - group * s.tokens;
     const int64_t e = s.expert[pair], c = s.slot[pair];
     Weight grad = 0;
-    if (held_slot(s, pair) >= 0) {
+    if (held_row(s, pair) >= 0) {
       const auto at = [&](const void* tensor, const int64_t* strides) {
         return to_compute(static_cast<const T*>(tensor)[group * strides[0] + n * strides[1] + e * strides[2] + c * strides[3]]);
       };

@@ -1,4 +1,4 @@
-// `dispatch` on a GPU: a warp for each slot copies the row of the token that holds the slot, or writes zeros.
+// `dispatch` on a GPU: a warp for each row of the experts copies the row of the token that holds its slot, or writes zeros.
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
 
@@ -7,10 +7,10 @@ namespace {
 
 struct CopyRows {
   Assignment assignment;
-  RowPlan plan;       // of the slots
+  RowPlan plan;       // of the experts' rows
   int64_t row_bytes;
   const void* from;   // (g, n) rows
-  void* to;           // (g, e, C) rows
+  void* to;           // (g, e, C) or (R) rows
 };
 
 // `Unit` is the integer type in whose size rows are copied.
@@ -21,10 +21,10 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) copy_rows(CopyRows a) {
     const int64_t own = first + lane_id();
     const int64_t pair = own < last ? holding_pair(a.assignment, own) : -1;
     const int64_t token = pair < 0 ? -1 : quotient(pair, a.assignment.top_n);
-    for (int64_t slot = first; slot < last; ++slot) {
-      const int64_t holder = shuffle(token, int(slot - first));
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t holder = shuffle(token, int(row - first));
       const Unit* const from = holder < 0 ? nullptr : static_cast<const Unit*>(a.from) + holder * units;
-      Unit* const to = static_cast<Unit*>(a.to) + slot * units;
+      Unit* const to = static_cast<Unit*>(a.to) + row * units;
       for_parts<1>(units, [&](int64_t at) {
         Unit part[kVectorsAtOnce];
         TOPN_UNROLL
@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) copy_rows(CopyRows a) {
 
 cudaError_t run(const Dispatch& a, cudaStream_t stream) {
   const Assignment& s = a.assignment;
-  const int64_t slots = s.groups * s.experts * s.capacity, bytes = element_bytes(a.dtype);
-  if (slots == 0 || a.dim == 0) return cudaSuccess;
-  const CopyRows task{s, plan_rows(slots, 4), a.dim * bytes, a.x, a.y};
+  const int64_t rows = s.groups * s.rows, bytes = element_bytes(a.dtype);
+  if (rows == 0 || a.dim == 0) return cudaSuccess;
+  const CopyRows task{s, plan_rows(rows, 4), a.dim * bytes, a.x, a.y};
   const auto kernel = is_aligned16(task.row_bytes, a.x, a.y) ? copy_rows<uint4>
                       : bytes == 8                      ? copy_rows<uint64_t>
                       : bytes == 4                      ? copy_rows<uint32_t>

@@ -11,12 +11,12 @@ namespace topn_gating::cuda {
 struct AssignTask {
   Assign assign;
   int64_t pairs;          // pairs of a group: n · k
-  int64_t bins;           // ranks and experts: k · e
+  int64_t bins;           // ranks and experts: k · e; in the dropless layout experts alone: e
   int64_t run;            // pairs of a run, a multiple of 32
   int64_t tile;           // pairs of a tile
   unsigned tiles;         // tiles of a group
   unsigned warps;         // warps of a block
-  int64_t block_ints;     // ints of a block: counters (warps, bins), first slots (bins) and demand (e)
+  int64_t block_ints;     // ints of a block: counters (warps, bins), first slots (bins), demand (e), and starts (e + 1) if dropless
   bool shared;            // whether these ints are in shared memory
   uint32_t* routed;       // (g, words) a bit for each pair
   int32_t* counts;        // (g, tiles, bins) routed pairs of the tile, later those of the tiles before it
@@ -33,8 +33,8 @@ inline AssignTask task_of(const Assign& a) {
   AssignTask t{};
   t.assign = a;
   t.pairs = a.tokens * a.top_n;
-  t.bins = a.top_n * a.experts;
-  const int64_t rest = t.bins + a.experts;
+  t.bins = (a.dropless() ? 1 : a.top_n) * a.experts;
+  const int64_t rest = t.bins + a.experts + (a.dropless() ? a.experts + 1 : 0);
   const int64_t ints = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(int32_t));
   t.shared = rest + t.bins <= ints;
   const int64_t fit = t.shared ? (ints - rest) / t.bins : most_warps;

@@ -7,14 +7,14 @@ namespace {
 // Up to 32 pairs, one in each lane: those of a few tokens, or some of one token.
 template <class R>
 struct HeldPairs {
-  int64_t slot, pair;
+  int64_t row, pair;
   R weight, dot = 0;
 
   // Reads the pairs from `first` on, before `end`.
   __device__ __forceinline__ void find(const SumRows& a, int64_t first, int64_t end) {
     pair = first + lane_id() < end ? first + lane_id() : -1;
-    slot = pair < 0 ? -1 : held_slot(a.assignment, pair);
-    weight = slot >= 0 && a.weight != nullptr ? static_cast<const R*>(a.weight)[pair] : R(1);
+    row = pair < 0 ? -1 : held_row(a.assignment, pair);
+    weight = row >= 0 && a.weight != nullptr ? static_cast<const R*>(a.weight)[pair] : R(1);
   }
 };
 
@@ -27,15 +27,15 @@ struct PartSum {
   template <bool Dots>
   __device__ __forceinline__ void add(const SumRows& a, HeldPairs<R>& held, unsigned lanes, const Part<T, Count>& x,
                                       int64_t at) {
-    for (unsigned left = ballot(held.slot >= 0) & lanes; left != 0; left &= left - 1) {
+    for (unsigned left = ballot(held.row >= 0) & lanes; left != 0; left &= left - 1) {
       const int lane = __ffs(left) - 1;
-      const int64_t slot = shuffle(held.slot, lane);
+      const int64_t row = shuffle(held.row, lane);
       const R weight = shuffle(held.weight, lane);
-      Part<T, Count> row;
-      row.load(static_cast<const T*>(a.rows) + slot * a.dim, at, a.dim);
-      for_elements<Count>([&](int u, int j) { v[u][j] += weight * to_compute(row.packs[u].v[j]); });
+      Part<T, Count> part;
+      part.load(static_cast<const T*>(a.rows) + row * a.dim, at, a.dim);
+      for_elements<Count>([&](int u, int j) { v[u][j] += weight * to_compute(part.packs[u].v[j]); });
       if constexpr (Dots) {
-        const R product = warp_sum(dot(x, row));
+        const R product = warp_sum(dot(x, part));
         if (int(lane_id()) == lane) held.dot += product;
       }
     }

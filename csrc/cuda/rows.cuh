@@ -6,15 +6,15 @@
 
 namespace topn_gating::cuda {
 
-// Returns the slot that a pair holds, or -1; both are indices over all groups.
-__device__ __forceinline__ int64_t held_slot(const Assignment& a, int64_t pair) {
+// Returns the row whose slot a pair holds, or -1; both are indices over all groups.
+__device__ __forceinline__ int64_t held_row(const Assignment& a, int64_t pair) {
   const int64_t pairs = a.tokens * a.top_n, group = quotient(pair, pairs);
-  return held_slot(a, group, pair - group * pairs);
+  return held_row(a, group, pair - group * pairs);
 }
 
-// Returns the pair that holds a slot, or -1; both are indices over all groups.
-__device__ __forceinline__ int64_t holding_pair(const Assignment& a, int64_t slot) {
-  return holding_pair(a, quotient(slot, a.experts * a.capacity), slot);
+// Returns the pair that holds the slot of a row, or -1; both are indices over all groups.
+__device__ __forceinline__ int64_t holding_pair(const Assignment& a, int64_t row) {
+  return holding_pair(a, quotient(row, a.rows), row);
 }
 
 // Vectors of a row that a lane reads before it uses them, so that enough bytes are in flight.
@@ -100,7 +100,7 @@ struct SumRows {
   Assignment assignment;
   RowPlan plan;        // of the tokens
   int64_t dim;
-  const void* rows;    // (g, e, C, d)
+  const void* rows;    // (g, e, C, d) or (R, d)
   const void* weight;  // (g, n, k) of the compute type; null: 1
   void* out;           // (g, n, d)
   const void* x;       // (g, n, d) or null

@@ -98,6 +98,16 @@ __device__ __forceinline__ T warp_sum(T value SIMT_CALLER) {
   return value;
 }
 
+// Returns the sum over the warp's lanes up to this one.
+template <class T>
+__device__ __forceinline__ T warp_scan(T value SIMT_CALLER) {
+  for (unsigned by = 1; by < kWarp; by *= 2) {
+    const T lower = shuffle_up(value, int(by) SIMT_PASS);
+    if (lane_id() >= by) value += lower;
+  }
+  return value;
+}
+
 // Returns the sum of one value for each warp of the block, `stride` elements apart, in the order of the warps.
 template <class T>
 __device__ __forceinline__ T sum_warps(const T* values, unsigned stride = 1) {

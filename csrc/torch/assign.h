@@ -7,20 +7,34 @@
 
 namespace topn_gating::binding {
 
+// Returns the options of an assignment to rows of the experts: without a capacity in the dropless layout.
+inline AssignOptions assign_options(const RoutingSizes& s, const std::optional<int64_t>& capacity, int64_t align, int64_t policy,
+                                    double eps) {
+  STD_TORCH_CHECK(policy >= 0 && policy <= int64_t(Policy::None), "policy must be from 0 to 3, got ", policy);
+  STD_TORCH_CHECK(align >= 1 && align <= kIntMax, "align must be from 1 to 2^31 - 1, got ", align);
+  if (capacity.has_value()) {
+    check_capacity(*capacity);
+    return {*capacity, s.experts * *capacity, align, Policy(policy), eps};
+  }
+  const int64_t pairs = s.tokens * s.top_n, rows = dropless_rows(pairs, s.experts, align);
+  STD_TORCH_CHECK(rows <= kIntMax, "tokens * top_n + num_gates * (align - 1) must be below 2^31, rounded up to a multiple of align,"
+                  " got ", pairs, " + ", s.experts, " * ", align - 1);
+  return {0, rows, align, Policy(policy), eps};
+}
+
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Tensor& expert,
-                                                  const std::optional<Tensor>& draws, const std::optional<Tensor>& threshold,
-                                                  const std::optional<Tensor>& token_mask, int64_t num_gates,
-                                                  int64_t capacity, int64_t policy, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign(
+    const Tensor& weight, const Tensor& expert, const std::optional<Tensor>& draws, const std::optional<Tensor>& threshold,
+    const std::optional<Tensor>& token_mask, int64_t num_gates, const std::optional<int64_t>& capacity, int64_t align,
+    int64_t policy, double eps) {
   const Backend backend(weight);
-  const Assignment s = assignment_sizes("weight", weight, num_gates, capacity);
+  const bool dropless = !capacity.has_value();
+  const RoutingSizes s = routing_sizes("weight", weight, num_gates, dropless);
   const Shape shape = shape_of(weight);
   const ScalarType type = weight.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "weight must be float32 or float64, got ",
                   torch::headeronly::toString(type));
-  STD_TORCH_CHECK(policy >= 0 && policy <= int64_t(Policy::None), "policy must be from 0 to 3, got ", policy);
-
-  Assign a{s, {capacity, Policy(policy), eps}};
+  Assign a{s, assign_options(s, capacity, align, policy, eps)};
   a.is_double = type == ScalarType::Double;
   const bool random = a.policy == Policy::Random;
   STD_TORCH_CHECK(!random || draws.has_value(), "draws must be given for the random policy");
@@ -39,16 +53,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign(const Tensor& weight, const Te
 
   const Tensor kept = empty(weight, shape, type);
   const Tensor slot = empty(weight, shape, ScalarType::Int);
-  const Tensor source = empty(weight, replace_last(shape, 2, {num_gates, capacity}), ScalarType::Int);
-  const Tensor demand = empty(weight, replace_last(shape, 2, {num_gates}), ScalarType::Int);
-  const auto space = reserve_workspace(backend, a, weight);
+  const Tensor source = empty(weight, dropless ? Shape{a.rows} : replace_last(shape, 2, {num_gates, a.capacity}), ScalarType::Int);
+  const Tensor demand = empty(weight, dropless ? Shape{num_gates} : replace_last(shape, 2, {num_gates}), ScalarType::Int);
+  const Tensor offsets = empty(weight, {dropless ? num_gates : 0}, ScalarType::Int);
   a.kept = mutable_data(kept);
   a.slot = mutable_data<int32_t>(slot);
   a.source = mutable_data<int32_t>(source);
   a.demand = mutable_data<int32_t>(demand);
+  a.offsets = dropless ? mutable_data<int32_t>(offsets) : nullptr;
+  const auto space = reserve_workspace(backend, a, weight);
   a.workspace = mutable_data(space);
   backend.run(a);
-  return {kept, slot, source, demand};
+  return {kept, slot, source, demand, offsets};
 }
 
 template <class Backend>

@@ -8,9 +8,10 @@
 namespace topn_gating::binding {
 
 template <class Backend>
-Tensor combine(const Tensor& y, const Tensor& weight, const Tensor& expert, const Tensor& slot, const Tensor& source) {
+Tensor combine(const Tensor& y, const Tensor& weight, const Tensor& expert, const Tensor& slot, const Tensor& source,
+               const std::optional<Tensor>& offsets) {
   const Backend backend(expert);
-  const CheckedAssignment assignment(expert, slot, source);
+  const CheckedAssignment assignment(expert, slot, source, offsets);
   const ScalarType type = y.scalar_type();
   const int64_t dim = dim_of("y", y);
   const Tensor rows = checked("y", y, expert, assignment.slot_rows(dim), type);
@@ -22,9 +23,10 @@ Tensor combine(const Tensor& y, const Tensor& weight, const Tensor& expert, cons
 
 template <class Backend>
 std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_out, const Tensor& y, const Tensor& weight,
-                                            const Tensor& expert, const Tensor& slot, const Tensor& source) {
+                                            const Tensor& expert, const Tensor& slot, const Tensor& source,
+                                            const std::optional<Tensor>& offsets) {
   const Backend backend(expert);
-  const CheckedAssignment assignment(expert, slot, source);
+  const CheckedAssignment assignment(expert, slot, source, offsets);
   const ScalarType type = y.scalar_type();
   const int64_t dim = dim_of("y", y);
   const Tensor grad = checked("grad_out", grad_out, expert, assignment.token_rows(dim), type);

@@ -9,9 +9,9 @@ namespace topn_gating::binding {
 
 template <class Backend>
 Tensor dispatch(const Tensor& x, const Tensor& weight, const Tensor& expert, const Tensor& slot, const Tensor& source,
-                bool /*straight_through*/) {
+                const std::optional<Tensor>& offsets, bool /*straight_through*/) {
   const Backend backend(expert);
-  const CheckedAssignment assignment(expert, slot, source);
+  const CheckedAssignment assignment(expert, slot, source, offsets);
   const ScalarType type = x.scalar_type();
   const int64_t dim = dim_of("x", x);
   checked("weight", weight, x, assignment.pairs(), compute_type(type));
@@ -23,9 +23,10 @@ Tensor dispatch(const Tensor& x, const Tensor& weight, const Tensor& expert, con
 
 template <class Backend>
 std::tuple<Tensor, Tensor> dispatch_backward(const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& expert,
-                                             const Tensor& slot, const Tensor& source) {
+                                             const Tensor& slot, const Tensor& source,
+                                             const std::optional<Tensor>& offsets) {
   const Backend backend(expert);
-  const CheckedAssignment assignment(expert, slot, source);
+  const CheckedAssignment assignment(expert, slot, source, offsets);
   const ScalarType type = grad_y.scalar_type();
   const int64_t dim = dim_of("grad_y", grad_y);
   const Tensor grad = checked("grad_y", grad_y, expert, assignment.slot_rows(dim), type);

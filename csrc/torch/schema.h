@@ -11,8 +11,8 @@
     " Tensor? noise, Tensor? token_mask, Tensor expert, Tensor top_count, float eps, float noise_mult, bool soft)"            \
     " -> Tensor grad_logits")                                                                                                  \
   X(assign,                                                                                                                    \
-    "(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, int num_gates, SymInt capacity,"    \
-    " int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand)")                                    \
+    "(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, int num_gates, SymInt? capacity,"   \
+    " int align, int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand, Tensor offsets)")         \
   X(assign_backward, "(Tensor grad_kept, Tensor slot) -> Tensor grad_weight")                                                 \
   X(dense,                                                                                                                     \
     "(Tensor weight, Tensor expert, Tensor slot, Tensor source, ScalarType dtype, bool straight_through)"                      \
@@ -20,12 +20,14 @@
   X(dense_backward,                                                                                                            \
     "(Tensor? grad_dispatch, Tensor? grad_combine, Tensor expert, Tensor slot, Tensor source) -> Tensor grad_weight")          \
   X(dispatch,                                                                                                                  \
-    "(Tensor x, Tensor weight, Tensor expert, Tensor slot, Tensor source, bool straight_through) -> Tensor y")                \
+    "(Tensor x, Tensor weight, Tensor expert, Tensor slot, Tensor source, Tensor? offsets, bool straight_through)"            \
+    " -> Tensor y")                                                                                                            \
   X(dispatch_backward,                                                                                                         \
-    "(Tensor grad_y, Tensor? x, Tensor expert, Tensor slot, Tensor source) -> (Tensor grad_x, Tensor grad_weight)")           \
-  X(combine, "(Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source) -> Tensor out")                            \
+    "(Tensor grad_y, Tensor? x, Tensor expert, Tensor slot, Tensor source, Tensor? offsets)"                                  \
+    " -> (Tensor grad_x, Tensor grad_weight)")                                                                                 \
+  X(combine, "(Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source, Tensor? offsets) -> Tensor out")           \
   X(combine_backward,                                                                                                          \
-    "(Tensor grad_out, Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source)"                                   \
+    "(Tensor grad_out, Tensor y, Tensor weight, Tensor expert, Tensor slot, Tensor source, Tensor? offsets)"                  \
     " -> (Tensor grad_y, Tensor grad_weight)")
 
 // The same for the operators that the CPU alone has in C++: elsewhere torch's own matrix products serve.

@@ -121,41 +121,58 @@ T* mutable_data(const Tensor& t) {
 inline void* mutable_data(const Tensor& t) { return t.mutable_data_ptr(); }
 inline void* mutable_data(const std::optional<Tensor>& t) { return t.has_value() ? t->mutable_data_ptr() : nullptr; }
 
-// Returns an Assignment with the sizes alone, from a tensor of pairs (…, n, k), which errors call `name`.
-inline Assignment assignment_sizes(const char* name, const Tensor& pairs, int64_t experts, int64_t capacity) {
+constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
+
+// Returns the sizes of pairs (…, n, k), a tensor which errors call `name`. In the dropless layout all tokens are one group.
+inline RoutingSizes routing_sizes(const char* name, const Tensor& pairs, int64_t experts, bool dropless) {
   const Shape shape = shape_of(pairs);
   STD_TORCH_CHECK(shape.size() >= 2, name, " must have shape (..., tokens, top_n)");
-  STD_TORCH_CHECK(experts >= 1, "num_gates must be at least 1, got ", experts);
-  STD_TORCH_CHECK(capacity >= 1 && capacity <= std::numeric_limits<int32_t>::max(), "capacity must be from 1 to 2^31 - 1, got ",
-                  capacity);
-  const Assignment a{{product(shape, 0, shape.size() - 2), shape[shape.size() - 2], experts, shape.back()}, capacity};
+  STD_TORCH_CHECK(experts >= 1 && experts <= kIntMax, "num_gates must be from 1 to 2^31 - 1, got ", experts);
+  const int64_t groups = product(shape, 0, shape.size() - 2), tokens = shape[shape.size() - 2];
+  const RoutingSizes a{dropless ? 1 : groups, dropless ? groups * tokens : tokens, experts, shape.back()};
   STD_TORCH_CHECK(a.top_n >= 1, "top_n must be at least 1, got 0");
-  STD_TORCH_CHECK(a.tokens <= std::numeric_limits<int32_t>::max() / a.top_n, "tokens * top_n must be below 2^31, got ",
-                  a.tokens, " * ", a.top_n);
+  STD_TORCH_CHECK(a.tokens <= kIntMax / a.top_n, "tokens * top_n must be below 2^31, got ", a.tokens, " * ", a.top_n);
   return a;
+}
+
+inline void check_capacity(int64_t capacity) {
+  STD_TORCH_CHECK(capacity >= 1 && capacity <= kIntMax, "capacity must be from 1 to 2^31 - 1, got ", capacity);
 }
 
 // The checked tensors of an Assignment, which it keeps alive while the kernels read them.
 struct CheckedAssignment {
   Assignment arguments;
-  Shape tokens, slots;  // shapes (…, n) and (…, e, C)
+  Shape tokens, slots;  // shapes (…, n) and (…, e, C) or (R)
   Tensor expert, slot, source;
+  std::optional<Tensor> offsets;
 
-  CheckedAssignment(const Tensor& expert_in, const Tensor& slot_in, const Tensor& source_in) {
+  // No `offsets`: the capacity layout.
+  CheckedAssignment(const Tensor& expert_in, const Tensor& slot_in, const Tensor& source_in,
+                    const std::optional<Tensor>& offsets_in = std::nullopt) {
     const Shape pairs = shape_of(expert_in);
     slots = shape_of(source_in);
     STD_TORCH_CHECK(pairs.size() >= 2, "expert must have shape (..., tokens, top_n)");
-    STD_TORCH_CHECK(slots.size() == pairs.size(), "source must have shape (..., experts, capacity), like expert");
-    STD_TORCH_CHECK(std::equal(slots.begin(), slots.end() - 2, pairs.begin()),
-                    "source must have shape (..., experts, capacity) with the groups of expert");
     tokens = replace_last(pairs, 1, {});
-    arguments = assignment_sizes("expert", expert_in, slots[slots.size() - 2], slots.back());
+    if (offsets_in.has_value()) {
+      STD_TORCH_CHECK(slots.size() == 1, "source must have shape (rows) beside offsets");
+      STD_TORCH_CHECK(offsets_in->dim() == 1, "offsets must have shape (experts)");
+      arguments = {routing_sizes("expert", expert_in, offsets_in->size(0), true), 0, slots[0]};
+    } else {
+      STD_TORCH_CHECK(slots.size() == pairs.size(), "source must have shape (..., experts, capacity), like expert");
+      STD_TORCH_CHECK(std::equal(slots.begin(), slots.end() - 2, pairs.begin()),
+                      "source must have shape (..., experts, capacity) with the groups of expert");
+      const int64_t experts = slots[slots.size() - 2], capacity = slots.back();
+      arguments = {routing_sizes("expert", expert_in, experts, false), capacity, experts * capacity};
+      check_capacity(capacity);
+    }
     expert = checked("expert", expert_in, expert_in, pairs, ScalarType::Int);
     slot = checked("slot", slot_in, expert_in, pairs, ScalarType::Int);
     source = checked("source", source_in, expert_in, slots, ScalarType::Int);
+    offsets = checked("offsets", offsets_in, expert_in, {arguments.experts}, ScalarType::Int);
     arguments.expert = const_data<int32_t>(expert);
     arguments.slot = const_data<int32_t>(slot);
     arguments.source = const_data<int32_t>(source);
+    arguments.offsets = const_data<int32_t>(offsets);
   }
 
   Shape pairs() const { return replace_last(tokens, 0, {arguments.top_n}); }

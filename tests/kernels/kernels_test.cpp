@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -53,6 +54,7 @@ std::string name_of(const Case& c) {
   size(" d", c.dim), size(" mp", c.multiprocessors), text += std::string(" ") + kPolicies[int(c.policy)];
   flag(" soft", c.soft), flag(" noise", c.noise), flag(" mask", c.mask), flag(" no_losses", !c.losses);
   flag(" unaligned", !c.aligned), flag(" ties", c.logits == Logits::Ties), flag(" special", c.logits == Logits::Special);
+  if (c.dropless) size(" dropless align", c.align);
   flag(" clamped", c.eps > 0.1), flag(" perturbed", c.perturbed), flag(" no_weight", !c.wants_weight);
   size(" gradients ", c.gradients), size(" layouts ", int(c.grad_dispatch)), size("", int(c.grad_combine));
   return text;
@@ -255,9 +257,21 @@ Case assign_case(int64_t groups, int64_t tokens, int64_t experts, int64_t top_n,
   return c;
 }
 
+// Returns the case with all tokens in one group, in the dropless layout.
+Case dropless(Case c, int64_t align) {
+  c.tokens *= std::exchange(c.groups, 1);
+  c.dropless = true;
+  c.align = align;
+  return c;
+}
+
 void assign_cases(Suite& suite) {
   for (Case c : {assign_case(1, 300, 6, 2, 90, 3, true), assign_case(1, 40, 5, 3, 20), assign_case(2, 3, 600, 60, 2)}) {
     c.policy = Policy::Threshold;
+    suite.run("assign", c, true);
+    c = dropless(c, 5);
+    suite.run("assign", c, true);
+    c.experts = 70;  // more than a warp has lanes
     suite.run("assign", c, true);
   }
   const Case cases[] = {
@@ -285,6 +299,7 @@ void assign_cases(Suite& suite) {
         suite.run("assign", c);
       }
     }
+    for (const int64_t align : {1, 2, 16}) suite.run("assign", dropless(c, align));
   }
   for (Case c : {assign_case(1, 40, 600, 64, 2, 8, false, true),  // counters in memory and several tiles
                  assign_case(1, 60, 500, 40, 30, 40)}) {          // more than 32 tiles
@@ -338,12 +353,16 @@ void slot_cases(Suite& suite) {
       for (const int64_t dim : {0, 1, 3, 8, 64, 130, 1024}) {
         row_cases(suite, slot_case(dtype, kSizes[i], kCapacities[i], dim, 0.7, 0.4));
       }
+      for (const int64_t dim : {1, 8, 130}) {
+        row_cases(suite, dropless(slot_case(dtype, kSizes[i], kCapacities[i], dim, 0.7, 0.4), int64_t(1) << i));
+      }
     }
     for (size_t i = 0; i < std::size(kManyRows); ++i) {
       for (const int aligned : {0, 1}) {
         Case c = slot_case(dtype, kManyRows[i], kManyCapacities[i], 8, aligned, 0.5);
         c.multiprocessors = 1;
         row_cases(suite, c);
+        row_cases(suite, dropless(c, 1));
       }
     }
   }

@@ -43,13 +43,13 @@ def all_operators(logits, draws, threshold, x, grad_out, policy="random", run=No
     """Runs the ten operators in the order of a training step, each by ``run(name, *args)``; returns all their results."""
     run = run or (lambda name, *args: getattr(torch.ops.topn_gating, name)(*args))
     weight, expert, importance, top_count, balance_loss, z_loss = run("gate", logits, None, None, TOP_N, EPS, 1.0, False, True)
-    assigned = run("assign", weight, expert, draws, threshold, None, EXPERTS, CAPACITY, ops.POLICIES.index(policy), EPS)
-    kept, slot, source, _ = assigned
-    y = run("dispatch", x, kept, expert, slot, source, True)
-    out = run("combine", y, kept, expert, slot, source)
+    assigned = run("assign", weight, expert, draws, threshold, None, EXPERTS, CAPACITY, 1, ops.POLICIES.index(policy), EPS)
+    kept, slot, source, *_ = assigned
+    y = run("dispatch", x, kept, expert, slot, source, None, True)
+    out = run("combine", y, kept, expert, slot, source, None)
     dense = run("dense", kept, expert, slot, source, x.dtype, True)
-    grad_y, grad_combine = run("combine_backward", grad_out, y, kept, expert, slot, source)
-    grad_x, grad_dispatch = run("dispatch_backward", grad_y, x, expert, slot, source)
+    grad_y, grad_combine = run("combine_backward", grad_out, y, kept, expert, slot, source, None)
+    grad_x, grad_dispatch = run("dispatch_backward", grad_y, x, expert, slot, source, None)
     grad_dense = run("dense_backward", *dense, expert, slot, source)
     grad_weight = run("assign_backward", grad_combine + grad_dispatch + grad_dense, slot)
     losses = torch.ones_like(balance_loss), torch.ones_like(z_loss)

@@ -139,7 +139,7 @@ def test_token_mask(mask, error, fragments):
 @pytest.mark.parametrize(
     ("logits", "error", "fragments"),
     [
-        (None, TypeError, ["tensor", "NoneType"]),
+        ([0.0], TypeError, ["tensor", "list"]),
         (torch.zeros(2, 6, 4, dtype=torch.int32), TypeError, ["float32", "torch.int32"]),
         (torch.zeros(4), ValueError, ["tokens, experts", "(4,)"]),
         (torch.zeros(2, 6, 0), ValueError, ["expert", "(2, 6, 0)"]),
@@ -155,7 +155,8 @@ def test_logits_of_route(logits, error, fragments):
     ("name", "value", "error", "fragments"),
     [
         *((name, v, e, f) for name in ("top_n", "capacity", "min_expert_capacity") for v, e, *f in COUNTS if v is not None),
-        *((name, v, e, f) for name in ("eps", "capacity_factor") for v, e, *f in POSITIVES),
+        *((name, v, e, f) for name in ("eps", "capacity_factor") for v, e, *f in POSITIVES if v is not None),
+        ("eps", None, TypeError, ["number", "NoneType"]),
         ("top_n", 5, ValueError, ["num_gates", "4", "5"]),
         ("policy", "ALL", ValueError, ["random", "threshold", "all", "none", "'ALL'"]),
         ("balance_on", None, ValueError, ["routed", "kept", "None"]),
@@ -325,28 +326,101 @@ def test_a_refused_call_draws_nothing_and_leaves_the_gate_as_it_is():
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
+CHOSEN = {"expert": torch.zeros(2, 6, 3, dtype=torch.int64), "weight": torch.zeros(2, 6, 3), "num_gates": 4}
+
+
+@pytest.mark.parametrize("dropless", [False, True])
+@pytest.mark.parametrize(
+    ("options", "error", "fragments"),
+    [
+        ({"expert": None}, ValueError, ["logits", "expert", "weight", "num_gates"]),
+        ({"weight": None}, ValueError, ["weight", "expert"]),
+        ({"expert": [[0]]}, TypeError, ["expert", "int32", "int64", "list"]),
+        ({"expert": torch.zeros(2, 6, 3)}, TypeError, ["expert", "int32", "int64", "torch.float32"]),
+        ({"expert": torch.zeros(2, 6, 3, dtype=torch.int64).to_sparse()}, TypeError, ["expert", "dense", "torch.sparse_coo"]),
+        ({"expert": torch.zeros(3, dtype=torch.int32)}, ValueError, ["expert", "(..., tokens, top_n)", "(3,)"]),
+        ({"expert": torch.zeros(6, 0, dtype=torch.int32)}, ValueError, ["expert", "rank", "(6, 0)"]),
+        ({"expert": torch.full((2, 6, 3), 4)}, ValueError, ["expert", "-1", "3", "num_gates", "4"]),
+        ({"expert": torch.full((2, 6, 3), -2)}, ValueError, ["expert", "-1", "3", "num_gates", "-2"]),
+        ({"expert": torch.full((2, 6, 3), 2**32 + 1)}, ValueError, ["expert", "-1", "3", "num_gates", str(2**32 + 1)]),
+        ({"weight": torch.zeros(2, 6, 2)}, ValueError, ["weight", "(2, 6, 3)", "(2, 6, 2)"]),
+        ({"weight": torch.zeros(2, 6, 3, dtype=torch.int32)}, TypeError, ["weight", "float32", "torch.int32"]),
+        ({"weight": torch.zeros(2, 6, 3, device="meta")}, ValueError, ["weight", "cpu", "meta"]),
+        ({"noise_gates": True}, ValueError, ["noise_gates", "logits"]),
+        ({"noise": torch.zeros(2, 6, 4)}, ValueError, ["noise", "logits"]),
+        ({"differentiable_topk": True}, ValueError, ["differentiable_topk", "logits"]),
+        ({"token_mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, ["token_mask", "(2, 6)", "(2, 5)"]),
+        ({"num_gates": None}, ValueError, ["num_gates", "expert"]),
+        *(({"num_gates": v}, e, ["num_gates", *f]) for v, e, *f in COUNTS if v is not None),
+    ],
+)
+def test_given_choices(options, error, fragments, dropless):
+    check(lambda: route(**{**CHOSEN, "dropless": dropless, **options}), error, *fragments)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_logits_beside_given_choices(name):
+    check(lambda: routed(**{name: CHOSEN[name]}), ValueError, name, "None", "logits")
+
+
+@pytest.mark.parametrize("name", ["capacity", "capacity_factor", "min_expert_capacity"])
+def test_a_capacity_beside_dropless(name):
+    check(lambda: routed(dropless=True, **{name: 4}), ValueError, name, "dropless", "4")
+
+
+@pytest.mark.parametrize(("value", "error", "fragments"), [(v, e, f) for v, e, *f in COUNTS])
+def test_align(value, error, fragments):
+    check(lambda: routed(dropless=True, align=value), error, "align", *fragments)
+    check(lambda: gate(dropless=True, align=value), error, "align", *fragments)
+    check(lambda: routed().as_dropless(value), error, "align", *fragments)
+
+
+def test_align_without_dropless():
+    check(lambda: routed(align=8), ValueError, "align", "dropless", "8")
+    check(lambda: gate(align=8), ValueError, "align", "dropless", "8")
+
+
+def test_dropless_has_no_dense_form():
+    check(lambda: routed(dropless=True).dense(), ValueError, "dense", "dropless", "dispatch", "combine")
+    check(lambda: gate(dropless=True)(torch.zeros(6, 8)), ValueError, "forward", "dropless", "route")
+
+
+@pytest.mark.parametrize("shape", [(35, 5), (1, 36, 5), (36,)])
+def test_rows_of_a_dropless_routing(shape):
+    routing = routed(dropless=True, top_n=3)
+    check(lambda: routing.combine(torch.zeros(shape)), ValueError, "y", "(36, features)", str(shape))
+
+
 # The raw operators, torch.ops.topn_gating.*: valid arguments, then one of them spoilt.
 
 PAIRS, SLOTS = torch.zeros(2, 6, 3, dtype=torch.int32), torch.full((2, 4, 5), -1, dtype=torch.int32)
 LOGITS, WEIGHT, X, Y = torch.zeros(2, 6, 4), torch.zeros(2, 6, 3), torch.zeros(2, 6, 7), torch.zeros(2, 4, 5, 7)
 MASK, DENSE, SUMS, COUNT = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, 4, 5), torch.zeros(2, 4), SLOTS[..., 0].clone()
-SCALAR = torch.zeros(())
-OPERATORS = {
+SCALAR, ROWS, ENDS = torch.zeros(()), torch.full((64,), -1, dtype=torch.int32), torch.tensor([8, 8, 16, 24], dtype=torch.int32)
+Y_ROWS = torch.zeros(64, 7)
+OPERATORS = {  # by name; after it the layout, if it is not the first
     "gate": (LOGITS, LOGITS.clone(), MASK, 3, 1e-9, 1.0, False, True),
     "gate_backward": (WEIGHT, SUMS, SCALAR, SCALAR, LOGITS, LOGITS.clone(), MASK, PAIRS, COUNT, 1e-9, 1.0, False),
-    "assign": (WEIGHT, PAIRS, WEIGHT.clone(), torch.zeros(3), MASK, 4, 5, 0, 1e-9),
+    "assign": (WEIGHT, PAIRS, WEIGHT.clone(), torch.zeros(3), MASK, 4, 5, 1, 0, 1e-9),
+    "assign dropless": (WEIGHT, PAIRS, WEIGHT.clone(), torch.zeros(3), MASK, 4, None, 8, 0, 1e-9),
     "assign_backward": (WEIGHT, PAIRS),
     "dense": (WEIGHT, PAIRS, PAIRS, SLOTS, torch.float32, True),
     "dense_backward": (DENSE, DENSE, PAIRS, PAIRS, SLOTS),
-    "dispatch": (X, WEIGHT, PAIRS, PAIRS, SLOTS, True),
-    "dispatch_backward": (Y, X, PAIRS, PAIRS, SLOTS),
-    "combine": (Y, WEIGHT, PAIRS, PAIRS, SLOTS),
-    "combine_backward": (X, Y, WEIGHT, PAIRS, PAIRS, SLOTS),
+    "dispatch": (X, WEIGHT, PAIRS, PAIRS, SLOTS, None, True),
+    "dispatch dropless": (X, WEIGHT, PAIRS, PAIRS, ROWS, ENDS, True),
+    "dispatch_backward": (Y, X, PAIRS, PAIRS, SLOTS, None),
+    "dispatch_backward dropless": (Y_ROWS, X, PAIRS, PAIRS, ROWS, ENDS),
+    "combine": (Y, WEIGHT, PAIRS, PAIRS, SLOTS, None),
+    "combine dropless": (Y_ROWS, WEIGHT, PAIRS, PAIRS, ROWS, ENDS),
+    "combine_backward": (X, Y, WEIGHT, PAIRS, PAIRS, SLOTS, None),
+    "combine_backward dropless": (X, Y_ROWS, WEIGHT, PAIRS, PAIRS, ROWS, ENDS),
 }
 
 
-# Sizes that nothing else fixes: features, and the experts and slots of `dense` and `dispatch`, (operator, argument, dimension).
+# Sizes that nothing else fixes: features, experts, slots and rows of `dense` and `dispatch`, (operator, argument, dimension).
 FREE = {("dense", 3, 1), ("dense", 3, 2), ("dispatch", 0, 2), ("dispatch", 4, 1), ("dispatch", 4, 2), ("combine", 0, 3)}
+FREE |= {("dispatch dropless", 0, 2), ("dispatch dropless", 4, 0), ("dispatch dropless", 5, 0), ("combine dropless", 0, 1)}
+FREE |= {("dispatch_backward dropless", 5, 0), ("combine dropless", 5, 0), ("combine_backward dropless", 6, 0)}
 
 
 def spoilt(name, i):
@@ -361,11 +435,15 @@ def spoilt(name, i):
             yield torch.cat([t, t.narrow(dim, 0, 1)], dim)
 
 
+def overload(name):
+    return getattr(torch.ops.topn_gating, name.removesuffix(" dropless")).default
+
+
 def operator_with(name, i, value, device):
     """Calls the operator with argument ``i`` replaced."""
     args = OPERATORS[name]
     args = (a.to(device) if isinstance(a, torch.Tensor) else a for a in (*args[:i], value, *args[i + 1 :]))
-    return getattr(torch.ops.topn_gating, name)(*args)
+    return overload(name)(*args)
 
 
 # On the meta device run the operators without data, which compilers ask for shapes.
@@ -397,7 +475,11 @@ def test_results_without_data_have_the_shapes_and_types_of_the_kernels(name):
         ("gate", 3, (0, -1, 5, 2**40), "top_n"),
         ("assign", 5, (0, -1), "num_gates"),
         ("assign", 6, (0, -1, 2**31, 2**62), "capacity"),
-        ("assign", 7, (-1, 4), "policy"),
+        ("assign", 7, (0, -1, 2**31), "align"),
+        ("assign dropless", 7, (0, -1, 2**31, 2**62), "align must be from 1 to"),
+        ("assign dropless", 7, (2**30, 2**31 - 1), "must be below 2.31, rounded up"),
+        ("assign dropless", 5, (0, -1, 2**31), "num_gates"),
+        ("assign", 8, (-1, 4), "policy"),
         ("assign", 2, (None,), "draws"),
         ("assign", 3, (None,), "threshold"),
         ("dense", 4, (torch.int32, torch.complex64), "float"),
@@ -409,9 +491,7 @@ def test_operators_refuse_numbers_out_of_range(name, i, values, message, device)
             operator_with(name, i, value, device)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in OPERATORS if "expert" in str(getattr(torch.ops.topn_gating, name).default._schema)]
-)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "expert" in str(overload(name)._schema)])
 def test_operators_survive_any_index(name):
     args = [
         torch.randint(-(2**31), 2**31 - 1, a.shape, dtype=torch.int32)
@@ -419,4 +499,4 @@ def test_operators_survive_any_index(name):
         else a
         for a in OPERATORS[name]
     ]
-    getattr(torch.ops.topn_gating, name)(*args)
+    overload(name)(*args)

@@ -165,7 +165,7 @@ def test_routing_can_be_copied_and_pickled(moe, x):
     file.seek(0)
     for other in (copy.deepcopy(routing), pickle.loads(pickle.dumps(routing)), torch.load(file, weights_only=True)):
         assert type(other) is topn_gating.Routing
-        assert all(torch.equal(a, b) for a, b in zip(other[:-1], routing[:-1], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(other[:7], routing[:7], strict=True))
         assert other.straight_through is routing.straight_through
 
 

@@ -193,7 +193,7 @@ def test_compact_equals_dense(backend, given_):
     double = fair.routing(a.weight.double())
     assert_near(backend("dispatch", x, a.weight, *a.indices, True), reference.dispatch(x.double(), double))
     assert_near(backend("combine", y, a.weight, *a.indices), reference.combine(y.double(), double))
-    dense = backend("dense", a.weight, *a.indices, torch.float32, True)
+    dense = backend("dense", a.weight, *a.slots, torch.float32, True)
     assert_same_bits(dense, reference.dense(fair.routing(), torch.float32))
 
 
@@ -240,8 +240,8 @@ def sample() -> list[torch.Tensor]:
             results += [cpu("combine", y, a.weight, *a.indices), *cpu("combine_backward", x, y, a.weight, *a.indices)]
         x, weight, grad = (torch.randn(shape).to(dtype) for shape in ((2, 40, 35), (9, 35), (2, 40, 9)))
         results += [cpu("linear", x, weight), *cpu("linear_backward", grad, x, weight, True, True)]
-        dense = cpu("dense", a.weight, *a.indices, dtype, True)
-        results += [*dense, cpu("dense_backward", *dense, *a.indices)]
+        dense = cpu("dense", a.weight, *a.slots, dtype, True)
+        results += [*dense, cpu("dense_backward", *dense, *a.slots)]
     for policy in POLICIES:
         results += assign_case((3, 2000), 16, 3, 90, policy, mask=True).run(cpu)
     return results

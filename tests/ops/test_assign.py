@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import INT_MAX, INT_MIN, AssignCase, AssignResult, assign_case, check_assignment
+from cases import INT_MAX, INT_MIN, AssignCase, AssignResult, assign_case, check_assignment, check_dropless, layouts
 from compare import assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating.ops import POLICIES
@@ -35,8 +35,11 @@ def walk(case: AssignCase) -> AssignResult:
                 source[e, taken[e]] = n * top_n + k
             taken[e] += 1
     kept = case.weight.where(slot >= 0, 0)
-    return AssignResult(kept, slot.int(), source.int(), torch.tensor(taken, dtype=torch.int32))
+    integers = slot, source, torch.tensor(taken), torch.empty(0)
+    return AssignResult(kept, *(t.int() for t in integers))
 
+
+aligns = pytest.mark.parametrize("align", [1, 8, 16])
 
 @policies
 @compute_types
@@ -72,6 +75,32 @@ def test_one_long_group_and_many_short_ones(backend, policy, groups, tokens, exp
 
 @policies
 @compute_types
+@aligns
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("top_n", [1, 2, 5])
+def test_dropless_equals_the_reference(backend, policy, dtype, align, mask, top_n):
+    for tokens, experts in ((1, 5), (7, 5), (33, 6), (130, 16), (257, 40), (90, 300)):
+        case = assign_case((3, tokens), experts, top_n, None, policy, dtype=dtype, mask=mask, align=align)
+        out = case.run(backend)
+        assert_same_bits(out, case.oracle())
+        check_dropless(case, out)
+
+
+@policies
+@aligns
+@pytest.mark.parametrize(
+    ("lead", "experts", "top_n"),
+    [((5000,), 16, 2), ((1, 4999), 1, 1), ((2, 2500), 64, 5), ((2048,), 1024, 2), ((300, 17), 8, 2), ((4000, 1), 4, 4)],
+)
+def test_dropless_has_one_long_group(backend, policy, align, lead, experts, top_n):
+    case = assign_case(lead, experts, top_n, None, policy, mask=True, align=align)
+    out = case.run(backend)
+    assert_same_bits(out, case.oracle())
+    check_dropless(case, out)
+
+
+@policies
+@compute_types
 @pytest.mark.parametrize("capacity", [1, 2, 9, 40])
 def test_equals_the_walk(backend, policy, dtype, capacity):
     case = assign_case((40,), 5, 4, capacity, policy, dtype=dtype, mask=True)
@@ -79,14 +108,15 @@ def test_equals_the_walk(backend, policy, dtype, capacity):
 
 
 @policies
-def test_any_expert_in_a_direct_call(backend, policy):
-    case = assign_case((60,), 6, 3, 7, policy, mask=True)
+@layouts
+def test_any_expert_in_a_direct_call(backend, policy, layout):
+    case = assign_case((60,), 6, 3, **{"capacity": 7, **layout}, policy=policy, mask=True)
     case.expert = torch.randint(6, (60, 3), dtype=torch.int32)  # a token may name one expert twice
     wrong = torch.rand(60, 3) < 0.4
     evil = torch.tensor([INT_MIN, INT_MIN + 1, -2, -1, 6, 7, 2**24, INT_MAX], dtype=torch.int32)
     case.expert[wrong] = evil[torch.randint(len(evil), (int(wrong.sum()),))]
     out = case.run(backend)
-    assert_same_bits(out, walk(case))
+    assert_same_bits(out, case.oracle() if case.capacity is None else walk(case))
     assert (out.slot[wrong] == -1).all()
 
 
@@ -95,6 +125,10 @@ def test_every_token_wants_one_expert(backend):
     out = case.run(backend)
     assert_same_bits(out.slot[0, :, 0], torch.cat([torch.arange(2500), torch.full((500,), -2)]).int())
     assert out.demand.tolist() == [[0, 0, 3000, 0]]
+    out = replace(case, capacity=None, align=8).run(backend)
+    assert_same_bits(out.slot[0, :, 0], torch.arange(3000).int())
+    assert out.demand.tolist() == [0, 0, 3000, 0]
+    assert out.offsets.tolist() == [0, 0, 3000, 3000]
 
 
 def test_later_ranks_queue_behind_all_earlier_ones(backend):
@@ -103,6 +137,14 @@ def test_later_ranks_queue_behind_all_earlier_ones(backend):
     out = AssignCase(torch.rand(3, 3), expert, 3, 4).run(backend)
     assert out.slot.tolist() == [[0, 2, 1], [0, 1, 2], [1, 0, 2]]
     assert out.source.tolist() == [[0, 4, 8, -1], [3, 6, 1, -1], [7, 2, 5, -1]]
+
+
+def test_dropless_ranks_queue_with_their_token(backend):
+    expert = torch.tensor([[0, 1, 2], [1, 0, 2], [1, 2, 0]], dtype=torch.int32)
+    out = AssignCase(torch.rand(3, 3), expert, 3, None, align=4).run(backend)
+    assert out.slot.tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
+    assert out.source.tolist() == [*(0, 4, 8, -1), *(1, 3, 6, -1), *(2, 5, 7, -1), *(-1,) * 8]
+    assert out.offsets.tolist() == [4, 8, 12]
 
 
 def test_comparisons_are_strict(backend):
@@ -163,6 +205,15 @@ def test_policies_ignore_what_they_do_not_need(backend):
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)])
+def test_dropless_leading_dimensions_are_one_sequence(backend, lead):
+    case = assign_case((*lead, 20), 5, 3, None, "random", mask=True)
+    out = case.run(backend)
+    names = "weight", "expert", "draws"
+    flat = replace(case, **{name: getattr(case, name).flatten(0, -2) for name in names}, mask=case.mask.flatten()).run(backend)
+    assert_same_bits([t.flatten() for t in out], [t.flatten() for t in flat])
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)])
 def test_leading_dimensions_are_groups(backend, lead):
     case = assign_case((*lead, 20), 5, 3, 4, "random", mask=True)
     out = case.run(backend)
@@ -172,23 +223,27 @@ def test_leading_dimensions_are_groups(backend, lead):
 
 
 @policies
+@layouts
 @pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 4), (2, 0, 4)])
-def test_nothing_to_assign(backend, policy, lead):
-    case = assign_case(lead, 5, 2, 3, policy, mask=True)
+def test_nothing_to_assign(backend, policy, lead, layout):
+    case = assign_case(lead, 5, 2, **{"capacity": 3, **layout}, policy=policy, mask=True)
     assert_same_bits(case.run(backend), case.oracle())
 
 
-def test_all_padding(backend):
-    case = replace(assign_case((2, 20), 5, 3, 4), mask=torch.zeros(2, 20, dtype=torch.bool))
-    kept, slot, source, demand = case.run(backend)
+@layouts
+def test_all_padding(backend, layout):
+    case = replace(assign_case((2, 20), 5, 3, **{"capacity": 4, **layout}), mask=torch.zeros(2, 20, dtype=torch.bool))
+    kept, slot, source, demand, offsets = case.run(backend)
     assert (slot == -1).all()
     assert (source == -1).all()
     assert not kept.any()
     assert not demand.any()
+    assert not offsets.any()
 
 
-def test_any_layout(backend):
-    case = assign_case((3, 20), 5, 3, 4, "random", mask=True)
+@layouts
+def test_any_layout_of_memory(backend, layout):
+    case = assign_case((3, 20), 5, 3, **{"capacity": 4, **layout}, policy="random", mask=True)
     names = "weight", "expert", "draws", "threshold", "mask"
     strided = replace(case, **{name: spread(getattr(case, name)) for name in names})
     assert_same_bits(strided.run(backend), case.run(backend))
@@ -212,24 +267,27 @@ def test_gradient_reaches_kept_weights_alone(backend, dtype):
 
 
 @policies
-def test_gradcheck(entry_point, device, policy):
-    case = assign_case((2, 6), 4, 3, 2, policy, dtype=torch.float64)
+@layouts
+def test_gradcheck(entry_point, device, policy, layout):
+    case = assign_case((2, 6), 4, 3, **{"capacity": 2, **layout}, policy=policy, dtype=torch.float64)
     weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
     assert torch.autograd.gradcheck(lambda w: entry_point("assign")(w, *rest)[0], weight.requires_grad_())
-    assert [t.requires_grad for t in entry_point("assign")(weight, *rest)] == [True, False, False, False]
+    assert [t.requires_grad for t in entry_point("assign")(weight, *rest)] == [True, False, False, False, False]
 
 
 @policies
 @compute_types
 @pytest.mark.parametrize("mask", [False, True])
-def test_opcheck(device, policy, dtype, mask):
-    case = assign_case((2, 6), 4, 3, 2, policy, dtype=dtype, mask=mask)
+@layouts
+def test_opcheck(device, policy, dtype, mask, layout):
+    case = assign_case((2, 6), 4, 3, **{"capacity": 2, **layout}, policy=policy, dtype=dtype, mask=mask)
     weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
     torch.library.opcheck(torch.ops.topn_gating.assign.default, (weight.requires_grad_(), *rest))
 
 
 @pytest.mark.parametrize("lead", [(1, 40001), (7, 6000), (900, 50)])
-def test_same_for_any_schedule(backend, lead):
-    case = assign_case(lead, 16, 3, max(4, lead[-1] // 8), "random", mask=True)
+@layouts
+def test_same_for_any_schedule(backend, lead, layout):
+    case = assign_case(lead, 16, 3, **{"capacity": max(4, lead[-1] // 8), **layout}, policy="random", mask=True)
     grad = torch.randn_like(case.weight)
     assert_same_for_any_schedule(lambda: (*(out := case.run(backend)), backend("assign_backward", grad, out.slot)))

@@ -92,6 +92,8 @@ def test_assign(other, data):
     for operand in ("weight", "draws", "threshold"):
         if getattr(case, operand) is not None:
             setattr(case, operand, spoil(getattr(case, operand)))
+    if data.draw(BOTH):
+        case.capacity, case.align = None, data.draw(st.integers(1, 20))
     assert_agree(other, "assign", *case.args)
     assert_agree(other, "assign_backward", spoil(case.weight), case.run(CPU).slot)
 
@@ -106,8 +108,11 @@ def test_slots(other, data):
     weight = spoil(a.weight)
     x, y = (spoil(torch.randn((*shape, dim)).to(dtype)) for shape in (lead, a.source.shape))
     grad_dispatch, grad_combine = (spoil(torch.randn((*lead, experts, capacity)).to(dtype)) for _ in range(2))
-    assert_agree(other, "dense", weight, *a.indices, dtype, True)
-    assert_agree(other, "dense_backward", grad_dispatch, grad_combine, *a.indices, linear=True)
+    assert_agree(other, "dense", weight, *a.slots, dtype, True)
+    assert_agree(other, "dense_backward", grad_dispatch, grad_combine, *a.slots, linear=True)
+    if data.draw(BOTH):
+        a = assignment(lead, experts, top_n, None, dtype=dtype, align=data.draw(st.integers(1, 20)))
+        y = spoil(torch.randn((*a.source.shape, dim)).to(dtype))
     assert_agree(other, "dispatch", x, weight, *a.indices, True)
     assert_agree(other, "dispatch_backward", y, x, *a.indices, linear=True)
     assert_agree(other, "combine", y, weight, *a.indices, linear=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Assignment, assignment, dtypes, honest, tampered
+from cases import Assignment, assignment, dtypes, honest, layouts, tampered
 from compare import assert_near, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating import reference
@@ -38,9 +38,10 @@ def oracle_gradients(a: Assignment, y, grad_out):
 
 @dtypes
 @dims
+@layouts
 @pytest.mark.parametrize("top_n", [1, 2, 4])
-def test_equals_the_einsum(backend, dtype, dim, top_n):
-    a = assignment((2, 29), 6, top_n, 5, dtype=dtype)
+def test_equals_the_einsum(backend, dtype, dim, top_n, layout):
+    a = assignment((2, 29), 6, top_n, **{"capacity": 5, **layout}, dtype=dtype)
     y, grad_out = rows(a, dim, dtype)
     out = combine(backend, a, y)
     assert out.dtype == dtype
@@ -51,15 +52,16 @@ def test_equals_the_einsum(backend, dtype, dim, top_n):
         assert_near(actual, expected)
 
 
-@pytest.mark.parametrize("lead", [(7,), (2, 3, 7), (0,), (3, 0), (0, 4), (2, 0, 4)])
-def test_leading_dimensions_and_nothing(backend, lead):
-    a = assignment(lead, 5, 2, 3)
+@layouts
+@pytest.mark.parametrize("lead", [(1,), (7,), (2, 3, 7), (0,), (3, 0), (0, 4), (2, 0, 4)])
+def test_leading_dimensions_and_nothing(backend, lead, layout):
+    a = assignment(lead, 5, 2, **{"capacity": 3, **layout})
     y, grad_out = rows(a, 4)
     out = combine(backend, a, y)
     assert out.shape == (*lead, 4)
     assert_near(out, oracle(a, y))
     assert [g.shape for g in backward(backend, a, y, grad_out)] == [y.shape, a.slot.shape]
-    assert not backward(backend, a, y, grad_out)[0][a.source < 0].any()
+    assert not backward(backend, a, y, grad_out)[0][a.source < 0].any()  # rows that no pair holds
 
 
 def test_dropped_tokens_are_zero(backend):
@@ -71,8 +73,9 @@ def test_dropped_tokens_are_zero(backend):
     assert out[~dropped].all()
 
 
-def test_empty_slots_are_not_read(backend):
-    a = assignment((2, 9), 6, 2, 5)
+@layouts
+def test_empty_slots_are_not_read(backend, layout):
+    a = assignment((2, 9), 6, 2, **{"capacity": 5, **layout})
     y, grad_out = rows(a, 8)
     empty = (a.source < 0).unsqueeze(-1)
     assert empty.any()
@@ -101,9 +104,10 @@ def test_a_bad_row_reaches_its_own_token_alone(backend):
 
 
 @dtypes
+@layouts
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
-def test_tampered_indices_count_as_not_routed(backend, dtype, share):
-    a = tampered(assignment((3, 40), 7, 3, 5, dtype=dtype), share)
+def test_tampered_indices_count_as_not_routed(backend, dtype, share, layout):
+    a = tampered(assignment((3, 40), 7, 3, **{"capacity": 5, **layout}, dtype=dtype), share)
     a.weight[torch.rand(a.weight.shape) < 0.2] = 0.5  # a caller's own weights need not be 0 where no slot is held
     y, grad_out = rows(a, 9, dtype)
     assert_same_bits(combine(backend, a, y), combine(backend, honest(a), y))
@@ -114,21 +118,23 @@ def test_tampered_indices_count_as_not_routed(backend, dtype, share):
 
 
 @dtypes
-def test_any_layout(backend, dtype):
-    a = assignment((3, 20), 5, 2, 6, dtype=dtype)
-    strided = Assignment(*map(spread, (a.weight, *a.indices)))
+@layouts
+def test_any_layout_of_memory(backend, dtype, layout):
+    a = assignment((3, 20), 5, 2, **{"capacity": 6, **layout}, dtype=dtype)
+    strided = a.map(spread)
     y, grad_out = rows(a, 7, dtype)
     assert_same_bits(combine(backend, strided, spread(y)), combine(backend, a, y))
     assert_same_bits(backward(backend, strided, spread(y), spread(grad_out)), backward(backend, a, y, grad_out))
-    expanded, one = y[:1, :1, :1].expand_as(y), grad_out.flatten()[0].expand_as(grad_out)
+    expanded, one = y.flatten(0, -2)[0].expand_as(y), grad_out.flatten()[0].expand_as(grad_out)
     assert_same_bits(combine(backend, a, expanded), combine(backend, a, expanded.contiguous()))
     assert_same_bits(backward(backend, a, expanded, one), backward(backend, a, expanded.contiguous(), one.contiguous()))
 
 
-def test_gradcheck(entry_point, device):
-    a = assignment((2, 6), 4, 2, 2, dtype=torch.float64)
+@layouts
+def test_gradcheck(entry_point, device, layout):
+    a = assignment((2, 6), 4, 2, **{"capacity": 2, **layout}, dtype=torch.float64)
     y = rows(a, 3, torch.float64)[0].to(device).requires_grad_()
-    weight, indices = a.weight.to(device).requires_grad_(), [t.to(device) for t in a.indices]
+    weight, indices = a.weight.to(device).requires_grad_(), a.map(lambda t: t.to(device)).indices
     assert torch.autograd.gradcheck(lambda y, w: entry_point("combine")(y, w, *indices), (y, weight))
     entry_point("combine")(y, weight, *indices).sum().backward()
     expected = oracle_gradients(a, y.detach().cpu(), torch.ones(2, 6, 3))
@@ -137,16 +143,18 @@ def test_gradcheck(entry_point, device):
 
 
 @dtypes
+@layouts
 @pytest.mark.parametrize("wanted", ["both", "y", "weight"])
-def test_opcheck(device, dtype, wanted):
-    a = assignment((2, 6), 4, 2, 3, dtype=dtype)
+def test_opcheck(device, dtype, wanted, layout):
+    a = assignment((2, 6), 4, 2, **{"capacity": 3, **layout}, dtype=dtype)
     y = rows(a, 5, dtype)[0].to(device).requires_grad_(wanted != "weight")
-    args = y, a.weight.to(device).requires_grad_(wanted != "y"), *(t.to(device) for t in a.indices)
+    args = y, a.weight.to(device).requires_grad_(wanted != "y"), *a.map(lambda t: t.to(device)).indices
     torch.library.opcheck(torch.ops.topn_gating.combine.default, args)
 
 
 @pytest.mark.parametrize(("lead", "dim"), [((1, 3000), 65), ((100, 30), 33), ((1, 50), 4099)])
-def test_same_for_any_schedule(backend, lead, dim):
-    a = assignment(lead, 9, 3, max(4, lead[-1] // 7))
+@layouts
+def test_same_for_any_schedule(backend, lead, dim, layout):
+    a = assignment(lead, 9, 3, **{"capacity": max(4, lead[-1] // 7), **layout})
     y, grad_out = rows(a, dim)
     assert_same_for_any_schedule(lambda: (combine(backend, a, y), *backward(backend, a, y, grad_out)))

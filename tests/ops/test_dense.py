@@ -17,11 +17,11 @@ sizes = pytest.mark.parametrize(("experts", "capacity"), SIZES)
 
 
 def dense(backend, a: Assignment, dtype: torch.dtype):
-    return backend("dense", a.weight, *a.indices, dtype, a.straight_through)
+    return backend("dense", a.weight, *a.slots, dtype, a.straight_through)
 
 
 def backward(backend, a: Assignment, grad_dispatch, grad_combine):
-    return backend("dense_backward", grad_dispatch, grad_combine, *a.indices)
+    return backend("dense_backward", grad_dispatch, grad_combine, *a.slots)
 
 
 def random_gradients(a: Assignment, dtype: torch.dtype):
@@ -181,7 +181,7 @@ def test_gradients_of_no_slot_are_not_read(backend):
 def test_gradcheck(entry_point, device, straight_through):
     """The straight-through gradient of ``dispatch`` has no finite difference: it is compared to the reference's."""
     a = assignment((2, 6), 4, 2, 2, dtype=torch.float64, straight_through=straight_through)
-    weight, *indices = (t.to(device) for t in (a.weight, *a.indices))
+    weight, *indices = (t.to(device) for t in (a.weight, *a.slots))
 
     def dense(weight):
         return entry_point("dense")(weight, *indices, torch.float64, straight_through)
@@ -199,7 +199,7 @@ def test_gradcheck(entry_point, device, straight_through):
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_opcheck(device, dtype, straight_through):
     a = assignment((2, 6), 4, 2, 3, dtype=dtype)
-    args = a.weight.to(device).requires_grad_(), *(t.to(device) for t in a.indices), dtype, straight_through
+    args = a.weight.to(device).requires_grad_(), *(t.to(device) for t in a.slots), dtype, straight_through
     torch.library.opcheck(torch.ops.topn_gating.dense.default, args)
 
 

@@ -1,8 +1,10 @@
 """``dispatch``: token rows to expert buffers, against the einsum with the reference's dense tensor."""
 
+import itertools
+
 import pytest
 import torch
-from cases import Assignment, assignment, dtypes, honest, tampered
+from cases import INT_MAX, Assignment, assignment, dtypes, honest, layouts, tampered
 from compare import assert_near, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating import reference
@@ -35,9 +37,10 @@ def oracle_gradients(a: Assignment, x, grad_y):
 
 @dtypes
 @dims
+@layouts
 @pytest.mark.parametrize("top_n", [1, 2, 4])
-def test_equals_the_einsum(backend, dtype, dim, top_n):
-    a = assignment((2, 29), 6, top_n, 5, dtype=dtype)
+def test_equals_the_einsum(backend, dtype, dim, top_n, layout):
+    a = assignment((2, 29), 6, top_n, **{"capacity": 5, **layout}, dtype=dtype)
     x, grad_y = rows(a, dim, dtype)
     assert_same_bits(dispatch(backend, a, x), reference.dispatch(x.double(), a.routing(a.weight.double())).to(dtype))
     grad_x, grad_weight = backward(backend, a, x, grad_y)
@@ -47,13 +50,14 @@ def test_equals_the_einsum(backend, dtype, dim, top_n):
     assert_same_bits(backward(backend, a, None, grad_y)[0], grad_x)
 
 
-@pytest.mark.parametrize("lead", [(7,), (2, 3, 7), (0,), (3, 0), (0, 4), (2, 0, 4)])
-def test_leading_dimensions_and_nothing(backend, lead):
-    a = assignment(lead, 5, 2, 3)
+@layouts
+@pytest.mark.parametrize("lead", [(1,), (7,), (2, 3, 7), (0,), (3, 0), (0, 4), (2, 0, 4)])
+def test_leading_dimensions_and_nothing(backend, lead, layout):
+    a = assignment(lead, 5, 2, **{"capacity": 3, **layout})
     x, grad_y = rows(a, 4)
     y = dispatch(backend, a, x)
     assert y.shape == (*a.source.shape, 4)
-    assert_same_bits(y, reference.dispatch(x, a.routing()))
+    assert torch.equal(y, reference.dispatch(x, a.routing()))  # but for the sign of zeros
     assert [g.shape for g in backward(backend, a, x, grad_y)] == [x.shape, a.slot.shape]
 
 
@@ -69,7 +73,25 @@ def test_a_slot_just_outside_its_expert_is_not_held(backend, group, expert, slot
     a = Assignment(torch.ones(2, 1, 1), chosen, slots, source)
     assert not dispatch(backend, a, torch.ones(2, 1, 4)).any()
     assert not backend("combine", torch.ones(*source.shape, 4), a.weight, *a.indices).any()
-    assert not any(t.any() for t in backend("dense", a.weight, *a.indices, torch.float32, True))
+    assert not any(t.any() for t in backend("dense", a.weight, *a.slots, torch.float32, True))
+
+
+@pytest.mark.parametrize("ends", [(2, -1, 4), (2, 2**31 - 1, 4), (-(2**31), 3, 4), (2, 5, 4), (2, 1, 4), (4, 3, 2)], ids=str)
+def test_a_slot_outside_its_experts_rows_is_not_held(backend, ends):
+    """Wherever the experts' rows are said to end, and even where that row names the pair as its source."""
+    rows = 4
+    starts = [0, *ends[:-1]]
+    for expert, slot in itertools.product(range(3), (0, 1, 2, 3, INT_MAX)):
+        row = starts[expert] + slot
+        held = 0 <= row < ends[expert] <= rows
+        source = torch.full((rows,), -1, dtype=torch.int32)
+        source[row if 0 <= row < rows else 0] = 0
+        pair = [torch.full((1, 1), i, dtype=torch.int32) for i in (expert, slot)]
+        a = Assignment(torch.ones(1, 1), *pair, source, torch.tensor(ends, dtype=torch.int32))
+        y = dispatch(backend, a, torch.ones(1, 4))
+        assert y.any() == held
+        assert backend("combine", torch.ones(rows, 4), a.weight, *a.indices).any() == held
+        assert y[row].all() if held else True
 
 
 def test_a_bad_row_goes_to_its_own_slots_alone(backend):
@@ -90,8 +112,9 @@ def test_a_bad_row_goes_to_its_own_slots_alone(backend):
     assert_same_bits([g[rest] for g in grads], [g[rest] for g in clean_grads])
 
 
-def test_gradients_of_empty_slots_are_not_read(backend):
-    a = assignment((2, 9), 6, 2, 5)
+@layouts
+def test_gradients_of_empty_slots_are_not_read(backend, layout):
+    a = assignment((2, 9), 6, 2, **{"capacity": 5, **layout})
     x, grad_y = rows(a, 8)
     empty = (a.source < 0).unsqueeze(-1)
     assert empty.any()
@@ -100,9 +123,10 @@ def test_gradients_of_empty_slots_are_not_read(backend):
 
 
 @dtypes
+@layouts
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
-def test_tampered_indices_count_as_not_routed(backend, dtype, share):
-    a = tampered(assignment((3, 40), 7, 3, 5, dtype=dtype), share)
+def test_tampered_indices_count_as_not_routed(backend, dtype, share, layout):
+    a = tampered(assignment((3, 40), 7, 3, **{"capacity": 5, **layout}, dtype=dtype), share)
     x, grad_y = rows(a, 9, dtype)
     assert_same_bits(dispatch(backend, a, x), dispatch(backend, honest(a), x))
     assert_same_bits(backward(backend, a, x, grad_y), backward(backend, honest(a), x, grad_y))
@@ -111,9 +135,10 @@ def test_tampered_indices_count_as_not_routed(backend, dtype, share):
 
 
 @dtypes
-def test_any_layout(backend, dtype):
-    a = assignment((3, 20), 5, 2, 6, dtype=dtype)
-    strided = Assignment(*map(spread, (a.weight, *a.indices)))
+@layouts
+def test_any_layout_of_memory(backend, dtype, layout):
+    a = assignment((3, 20), 5, 2, **{"capacity": 6, **layout}, dtype=dtype)
+    strided = a.map(spread)
     x, grad_y = rows(a, 7, dtype)
     assert_same_bits(dispatch(backend, strided, spread(x)), dispatch(backend, a, x))
     assert_same_bits(backward(backend, strided, spread(x), spread(grad_y)), backward(backend, a, x, grad_y))
@@ -122,12 +147,14 @@ def test_any_layout(backend, dtype):
     assert_same_bits(backward(backend, a, expanded, one), backward(backend, a, expanded.contiguous(), one.contiguous()))
 
 
+@layouts
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_autograd(entry_point, device, straight_through):
+def test_autograd(entry_point, device, straight_through, layout):
     """The straight-through gradient has no finite difference: x is checked by gradcheck, the weight against the reference."""
-    a = assignment((2, 6), 4, 2, 2, dtype=torch.float64, straight_through=straight_through)
+    options = {"dtype": torch.float64, "straight_through": straight_through}
+    a = assignment((2, 6), 4, 2, **{"capacity": 2, **layout}, **options)
     x, grad_y = rows(a, 3, torch.float64)
-    indices = [t.to(device) for t in a.indices]
+    indices = a.map(lambda t: t.to(device)).indices
     x_leaf, weight = (t.to(device).requires_grad_() for t in (x.clone(), a.weight))
 
     def run(x, weight):
@@ -142,11 +169,12 @@ def test_autograd(entry_point, device, straight_through):
     assert_near(x_leaf.grad.cpu(), (a.slot >= 0).sum(-1, keepdim=True).double().expand_as(x))
 
 
-def test_weight_alone_wants_a_gradient(entry_point, device):
-    a = assignment((2, 6), 4, 2, 2, dtype=torch.float64)
+@layouts
+def test_weight_alone_wants_a_gradient(entry_point, device, layout):
+    a = assignment((2, 6), 4, 2, **{"capacity": 2, **layout}, dtype=torch.float64)
     x, grad_y = rows(a, 3, torch.float64)
     weight = a.weight.clone().to(device).requires_grad_()
-    y = entry_point("dispatch")(x.to(device), weight, *(t.to(device) for t in a.indices), True)
+    y = entry_point("dispatch")(x.to(device), weight, *a.map(lambda t: t.to(device)).indices, True)
     assert_near(torch.autograd.grad(y, weight, grad_y.to(device))[0].cpu(), oracle_gradients(a, x, grad_y)[1])
 
 
@@ -154,16 +182,18 @@ def test_weight_alone_wants_a_gradient(entry_point, device):
 @pytest.mark.parametrize(
     ("wanted", "straight_through"), [("both", True), ("both", False), ("x", True), ("x", False), ("weight", True)]
 )
-def test_opcheck(device, dtype, wanted, straight_through):
-    a = assignment((2, 6), 4, 2, 3, dtype=dtype)
+@layouts
+def test_opcheck(device, dtype, wanted, straight_through, layout):
+    a = assignment((2, 6), 4, 2, **{"capacity": 3, **layout}, dtype=dtype)
     x = rows(a, 5, dtype)[0].to(device).requires_grad_(wanted != "weight")
     weight = a.weight.to(device).requires_grad_(wanted != "x")
-    args = x, weight, *(t.to(device) for t in a.indices), straight_through
+    args = x, weight, *a.map(lambda t: t.to(device)).indices, straight_through
     torch.library.opcheck(torch.ops.topn_gating.dispatch.default, args)
 
 
 @pytest.mark.parametrize(("lead", "dim"), [((1, 3000), 65), ((100, 30), 33), ((1, 50), 4099)])
-def test_same_for_any_schedule(backend, lead, dim):
-    a = assignment(lead, 9, 3, max(4, lead[-1] // 7))
+@layouts
+def test_same_for_any_schedule(backend, lead, dim, layout):
+    a = assignment(lead, 9, 3, **{"capacity": max(4, lead[-1] // 7), **layout})
     x, grad_y = rows(a, dim)
     assert_same_for_any_schedule(lambda: (dispatch(backend, a, x), *backward(backend, a, x, grad_y)))

@@ -104,7 +104,7 @@ def test_routing_leaves_the_graph_as_it_is():
     routing, expected = compiled(x), module.route(x)
     assert isinstance(routing, topn_gating.Routing)
     assert routing.capacity == expected.capacity
-    assert_same(routing[:-1], expected[:-1])
+    assert_same(routing[:7], expected[:7])
     assert_same(routing.dense(), expected.dense())
 
 

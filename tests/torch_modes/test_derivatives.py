@@ -54,7 +54,7 @@ def an_assignment():
 
 def dense_operator() -> Case:
     a = an_assignment()
-    return Case(lambda w: weighted(O.dense(w, *a.indices, DOUBLE, False)), (a.weight,))
+    return Case(lambda w: weighted(O.dense(w, *a.slots, DOUBLE, False)), (a.weight,))
 
 
 def dispatch_operator() -> Case:

@@ -114,12 +114,12 @@ def test_no_argument_is_written_to():
         routing = topn_gating.route(
             logits, 3, capacity=30, policy=policy, threshold=threshold, noise=noise, draws=draws, token_mask=mask
         )
-        fields = [t.detach().clone() for t in routing[:-1]]
+        fields = [t.detach().clone() for t in routing[:7]]
         out = topn_gating.combine(y, routing).sum() + topn_gating.dispatch(x, routing).square().sum()
         dispatch, combine = routing.dense()
         loss = out + dispatch.square().sum() + combine.square().sum() + routing.balance_loss + routing.router_z_loss
         torch.autograd.grad(loss, (x, gate.to_gates.weight), retain_graph=True)
-        assert_same_bits([t.detach() for t in routing[:-1]], fields)
+        assert_same_bits([t.detach() for t in routing[:7]], fields)
     assert_same_bits([t.detach() for t in tensors], before)
     assert [t._version for t in tensors] == versions
 

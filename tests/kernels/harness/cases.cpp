@@ -25,12 +25,14 @@ struct Problem {
   const Case& c;
   const Type type = type_of(c.dtype), compute_type = compute_type_of(c.dtype);
   const int64_t tokens = c.groups * c.tokens, pairs = tokens * c.top_n, group_experts = c.groups * c.experts,
-                slots = group_experts * c.capacity;
+                group_rows = c.dropless ? dropless_rows(pairs, c.experts, c.align) : c.experts * c.capacity,
+                rows = c.groups * group_rows;
   const bool hard = c.inputs == Inputs::Hard, random_inputs = c.inputs == Inputs::Random;
   const bool noise = c.noise || hard, mask = c.mask || hard;
   mutable Random random{uint64_t(c.experts * 1000 + c.top_n)};
 
   RoutingSizes sizes() const { return {c.groups, c.tokens, c.experts, c.top_n}; }
+  int64_t capacity() const { return c.dropless ? 0 : c.capacity; }
 
   template <class F>
   Buffer buffer(Type of, int64_t count, const F& f) const {
@@ -199,7 +201,7 @@ Choice choice_of(const Problem& p) {
 
 void assign(Call& call, const Case& c) {
   const Problem p{c};
-  Assign& a = call.arguments(Assign{p.sizes(), {c.capacity, c.policy, c.eps}});
+  Assign& a = call.arguments(Assign{p.sizes(), {p.capacity(), p.group_rows, c.align, c.policy, c.eps}});
   a.is_double = p.compute_type == Type::F64;
   Choice choice = choice_of(p);
   call.input(a.weight, std::move(choice.weight));
@@ -214,14 +216,15 @@ void assign(Call& call, const Case& c) {
   if (p.mask) call.input(a.token_mask, mask_of(p));
   call.output(a.kept, "kept", p.compute_type, p.pairs);
   call.output(a.slot, "slot", Type::I32, p.pairs);
-  call.output(a.source, "source", Type::I32, p.slots);
+  call.output(a.source, "source", Type::I32, p.rows);
   call.output(a.demand, "demand", Type::I32, p.group_experts);
+  if (c.dropless) call.output(a.offsets, "offsets", Type::I32, c.experts);
   call.workspace(a.workspace);
 }
 
 // The inputs and outputs of assign, perturbed if the case asks for it, and the number of pairs and tokens that hold a slot.
 struct Held {
-  Buffer weight, expert, slot, source;
+  Buffer weight, expert, slot, source, offsets;
   int64_t pairs = 0, tokens = 0;
 
   explicit Held(const Problem& p) {
@@ -234,6 +237,7 @@ struct Held {
     const std::vector<Buffer> outputs = call.run_reference().outputs;
     slot = p.copy(Type::I32, outputs[1]);
     source = p.copy(Type::I32, outputs[2]);
+    if (p.c.dropless) offsets = p.copy(Type::I32, outputs[4]);
     for (int64_t token = 0; token < p.tokens; ++token) {
       int64_t held = 0;
       for (int64_t pair = token * p.c.top_n; pair < (token + 1) * p.c.top_n; ++pair) held += slot.get(pair) >= 0;
@@ -247,7 +251,11 @@ struct Held {
   void perturb(const Problem& p) {
     for (int64_t i = 0; i < expert.count(); ++i) {
       if (p.random.chance(0.1)) expert.set(i, double(p.random.below(p.c.experts + 2) - 1));
-      if (p.random.chance(0.1)) slot.set(i, double(p.random.below(p.c.capacity + 4) - 3));
+      if (p.random.chance(0.1)) slot.set(i, double(p.random.below((p.c.dropless ? p.rows / p.c.experts : p.c.capacity) + 4) - 3));
+    }
+    for (int64_t i = 0; i < offsets.count(); ++i) {
+      if (p.random.chance(0.1)) offsets.set(i, double(p.random.below(p.rows + 8) - 4));
+      if (p.random.chance(0.03)) offsets.set(i, p.random.chance(0.5) ? 2147483647.0 : -2147483648.0);
     }
     for (int64_t i = 0; i < source.count(); ++i) {
       if (p.random.chance(0.1)) source.set(i, double(p.random.below(p.c.tokens * p.c.top_n + 4) - 2));
@@ -264,13 +272,14 @@ void assign_backward(Call& call, const Case& c) {
   call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs);
 }
 
-Assignment sizes_of(const Problem& p) { return {p.sizes(), p.c.capacity}; }
+Assignment sizes_of(const Problem& p) { return {p.sizes(), p.capacity(), p.group_rows}; }
 
-// Adds `expert` and `slot`, of which the kernel must read `pairs` elements, and `source`, of which it must read `slots`.
-void add_assignment(Call& call, Assignment& a, Held& held, int64_t pairs, int64_t slots) {
+// Adds `expert` and `slot`, of which the kernel must read `pairs` elements, `source`, of which it must read `rows`, and `offsets`.
+void add_assignment(Call& call, Assignment& a, Held& held, int64_t pairs, int64_t rows) {
   call.input(a.expert, std::move(held.expert), pairs);
   call.input(a.slot, std::move(held.slot), pairs);
-  call.input(a.source, std::move(held.source), slots);
+  call.input(a.source, std::move(held.source), rows);
+  if (held.offsets.count() > 0) call.input(a.offsets, std::move(held.offsets));
 }
 
 void dense(Call& call, const Case& c) {
@@ -324,9 +333,9 @@ void dispatch(Call& call, const Case& c) {
   const Problem p{c};
   Held held(p);
   Dispatch& a = rows_of<Dispatch>(call, p);
-  add_assignment(call, a.assignment, held, held.pairs, p.slots);
+  add_assignment(call, a.assignment, held, held.pairs, p.rows);
   call.input(a.x, p.values(p.type, p.tokens * c.dim), held.tokens * c.dim);
-  call.output(a.y, "y", p.type, p.slots * c.dim);
+  call.output(a.y, "y", p.type, p.rows * c.dim);
 }
 
 void dispatch_backward(Call& call, const Case& c) {
@@ -334,7 +343,7 @@ void dispatch_backward(Call& call, const Case& c) {
   Held held(p);
   DispatchBackward& a = rows_of<DispatchBackward>(call, p);
   add_assignment(call, a.assignment, held, p.pairs, held.pairs);
-  call.input(a.grad_y, p.values(p.type, p.slots * c.dim), held.pairs * c.dim);
+  call.input(a.grad_y, p.values(p.type, p.rows * c.dim), held.pairs * c.dim);
   call.output(a.grad_x, "grad_x", p.type, p.tokens * c.dim, p.sum(c.top_n), p.sum_of_backend(c.top_n));
   if (!c.wants_weight) return;
   call.input(a.x, p.values(p.type, p.tokens * c.dim), held.tokens * c.dim);
@@ -347,7 +356,7 @@ void combine(Call& call, const Case& c) {
   Combine& a = rows_of<Combine>(call, p);
   add_assignment(call, a.assignment, held, p.pairs, held.pairs);
   call.input(a.weight, std::move(held.weight), held.pairs);
-  call.input(a.y, p.values(p.type, p.slots * c.dim), held.pairs * c.dim);
+  call.input(a.y, p.values(p.type, p.rows * c.dim), held.pairs * c.dim);
   call.output(a.out, "out", p.type, p.tokens * c.dim, p.sum(c.top_n), p.sum_of_backend(c.top_n));
 }
 
@@ -355,11 +364,11 @@ void combine_backward(Call& call, const Case& c) {
   const Problem p{c};
   Held held(p);
   CombineBackward& a = rows_of<CombineBackward>(call, p);
-  add_assignment(call, a.assignment, held, held.pairs, p.slots);
+  add_assignment(call, a.assignment, held, held.pairs, p.rows);
   call.input(a.weight, std::move(held.weight), held.pairs);
   call.input(a.grad_out, p.values(p.type, p.tokens * c.dim), held.tokens * c.dim);
-  call.input(a.y, p.values(p.type, p.slots * c.dim), held.pairs * c.dim);
-  call.output(a.grad_y, "grad_y", p.type, p.slots * c.dim, p.close());
+  call.input(a.y, p.values(p.type, p.rows * c.dim), held.pairs * c.dim);
+  call.output(a.grad_y, "grad_y", p.type, p.rows * c.dim, p.close());
   call.output(a.grad_weight, "grad_weight", p.compute_type, p.pairs, p.sum(c.dim), p.sum_of_backend(c.dim));
 }
 

@@ -24,7 +24,9 @@ struct Case {
   double eps = 1e-9;
   bool aligned = true;  // whether tensors start at addresses that are multiples of 64
   bool soft = false, losses = true, noise = false, mask = false;
-  bool perturbed = false;  // whether some experts, slots and sources are replaced by others, also out of range
+  bool perturbed = false;  // whether some experts, slots, sources and offsets are replaced by others, also out of range
+  bool dropless = false;   // whether the experts' rows have the dropless layout, which has one group and no capacity
+  int64_t align = 1;       // divisor of each expert's number of rows there
   Logits logits = Logits::Normal;
   unsigned gradients = kOfAll;  // set of Gradients that gate_backward gets
   Layout grad_dispatch = Layout::Contiguous, grad_combine = Layout::Contiguous;

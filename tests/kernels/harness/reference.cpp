@@ -83,22 +83,24 @@ double valid_tokens(const GateInputs& a, int64_t first, int64_t last) {
 }
 
 int64_t pairs_of(const RoutingSizes& a) { return a.groups * a.tokens * a.top_n; }
-int64_t slots_of(const Assignment& a) { return a.groups * a.experts * a.capacity; }
+int64_t rows_of(const Assignment& a) { return a.groups * a.rows; }
 
-// Returns the index in (g, e, C) of the slot that a pair holds: the one that `slot` gives, if its `source` is the pair; else -1.
-int64_t slot_of(const Assignment& a, int64_t pair) {
+// Returns the index in (g, e, C) or (R) of the row that a pair holds: the one that `slot` gives, if its `source` is the pair; else -1.
+int64_t row_of(const Assignment& a, int64_t pair) {
   const int64_t group = pair / (a.tokens * a.top_n), e = a.expert[pair], c = a.slot[pair];
-  if (e < 0 || e >= a.experts || c < 0 || c >= a.capacity) return -1;
-  const int64_t slot = (group * a.experts + e) * a.capacity + c;
-  return a.source[slot] == pair % (a.tokens * a.top_n) ? slot : -1;
+  if (e < 0 || e >= a.experts || c < 0) return -1;
+  int64_t start = (group * a.experts + e) * a.capacity, end = start + a.capacity;
+  if (a.offsets != nullptr) start = e > 0 ? a.offsets[e - 1] : 0, end = a.offsets[e];
+  if (start + c < 0 || start + c >= end || end > rows_of(a)) return -1;
+  return a.source[start + c] == pair % (a.tokens * a.top_n) ? start + c : -1;
 }
 
-// Returns the pair that holds a slot, or -1.
-int64_t pair_of(const Assignment& a, int64_t slot) {
-  const int64_t per_group = a.tokens * a.top_n, source = a.source[slot];
+// Returns the pair that holds a row, or -1.
+int64_t pair_of(const Assignment& a, int64_t row) {
+  const int64_t per_group = a.tokens * a.top_n, source = a.source[row];
   if (source < 0 || source >= per_group) return -1;
-  const int64_t pair = slot / (a.experts * a.capacity) * per_group + source;
-  return slot_of(a, pair) == slot ? pair : -1;
+  const int64_t pair = row / a.rows * per_group + source;
+  return row_of(a, pair) == row ? pair : -1;
 }
 
 // Returns the dot product of two rows.
@@ -108,34 +110,34 @@ double dot(int64_t dim, View a, int64_t row_of_a, View b, int64_t row_of_b) {
   return sum;
 }
 
-// Sets each token's row to the sum over its pairs of factor(pair) times the row of the slot that the pair holds.
+// Sets each token's row to the sum over its pairs of factor(pair) times the row that the pair holds.
 template <class Factor>
-void sum_slots(const AssignedRows& a, View rows, Result sums, const Factor& factor) {
+void sum_rows(const AssignedRows& a, View rows, Result sums, const Factor& factor) {
   const Assignment& held = a.assignment;
   sums.fill(held.groups * held.tokens * a.dim, 0);
   for (int64_t pair = 0; pair < pairs_of(held); ++pair) {
-    const int64_t slot = slot_of(held, pair), token = pair / held.top_n;
-    for (int64_t j = 0; slot >= 0 && j < a.dim; ++j) sums[token * a.dim + j] += factor(pair) * rows[slot * a.dim + j];
+    const int64_t row = row_of(held, pair), token = pair / held.top_n;
+    for (int64_t j = 0; row >= 0 && j < a.dim; ++j) sums[token * a.dim + j] += factor(pair) * rows[row * a.dim + j];
   }
 }
 
-// Sets each slot's row to factor(pair) times the row of the token whose pair holds the slot, or to 0 if none does.
+// Sets each row to factor(pair) times the row of the token whose pair holds it, or to 0 if none does.
 template <class Factor>
-void fill_slots(const AssignedRows& a, View rows, Result filled, const Factor& factor) {
+void fill_rows(const AssignedRows& a, View rows, Result filled, const Factor& factor) {
   const Assignment& held = a.assignment;
-  for (int64_t slot = 0; slot < slots_of(held); ++slot) {
-    const int64_t pair = pair_of(held, slot);
+  for (int64_t row = 0; row < rows_of(held); ++row) {
+    const int64_t pair = pair_of(held, row);
     for (int64_t j = 0; j < a.dim; ++j) {
-      filled[slot * a.dim + j] = pair < 0 ? 0 : factor(pair) * rows[pair / held.top_n * a.dim + j];
+      filled[row * a.dim + j] = pair < 0 ? 0 : factor(pair) * rows[pair / held.top_n * a.dim + j];
     }
   }
 }
 
-// Sets the gradient of each pair's factor: the dot product of the rows of its token and of its slot.
-void dot_pairs(const AssignedRows& a, View of_slots, View of_tokens, Result products) {
+// Sets the gradient of each pair's factor: the dot product of the row that it holds and of its token's.
+void dot_pairs(const AssignedRows& a, View held, View of_tokens, Result products) {
   for (int64_t pair = 0; pair < pairs_of(a.assignment); ++pair) {
-    const int64_t slot = slot_of(a.assignment, pair);
-    products[pair] = slot < 0 ? 0 : dot(a.dim, of_slots, slot, of_tokens, pair / a.assignment.top_n);
+    const int64_t row = row_of(a.assignment, pair);
+    products[pair] = row < 0 ? 0 : dot(a.dim, held, row, of_tokens, pair / a.assignment.top_n);
   }
 }
 
@@ -240,7 +242,7 @@ void run(const Assign& a) {
   const Result kept{a.kept};
   kept.fill(pairs_of(a), 0);
   std::fill_n(a.slot, pairs_of(a), kBelowThreshold);
-  std::fill_n(a.source, a.groups * a.experts * a.capacity, -1);
+  std::fill_n(a.source, a.groups * a.rows, -1);
   std::fill_n(a.demand, a.groups * a.experts, 0);
   const auto is_routed = [&](int64_t pair, int64_t rank) {
     if (rank == 0 || a.policy == Policy::All) return true;
@@ -248,18 +250,29 @@ void run(const Assign& a) {
     const double quotient = a.policy == Policy::None ? 0 : weight[pair] / std::max(threshold[rank], a.eps);
     return a.policy == Policy::Random && draws[pair] < (a.is_double ? quotient : float(quotient));  // rounded as in kernels
   };
+  const auto give_slot = [&](int64_t group, int64_t token, int64_t k) {
+    const int64_t pair = (group * a.tokens + token) * a.top_n + k, e = a.expert[pair];
+    if (!is_valid(a, group * a.tokens + token) || e < 0 || e >= a.experts || !is_routed(pair, k)) return;
+    const int32_t slot = a.demand[group * a.experts + e]++;  // the number of pairs routed before this one
+    a.slot[pair] = a.dropless() || slot < a.capacity ? slot : kOverCapacity;
+  };
   for (int64_t group = 0; group < a.groups; ++group) {
-    for (int64_t k = 0; k < a.top_n; ++k) {
-      for (int64_t token = 0; token < a.tokens; ++token) {
-        const int64_t pair = (group * a.tokens + token) * a.top_n + k, e = a.expert[pair];
-        if (!is_valid(a, group * a.tokens + token) || e < 0 || e >= a.experts || !is_routed(pair, k)) continue;
-        const int32_t slot = a.demand[group * a.experts + e]++;  // the number of pairs routed before this one
-        a.slot[pair] = slot < a.capacity ? slot : kOverCapacity;
-        if (slot >= a.capacity) continue;
-        kept[pair] = weight[pair];
-        a.source[(group * a.experts + e) * a.capacity + slot] = int32_t(token * a.top_n + k);
-      }
+    for (int64_t i = 0; i < a.tokens * a.top_n; ++i) {  // token by token, or rank by rank
+      a.dropless() ? give_slot(group, i / a.top_n, i % a.top_n) : give_slot(group, i % a.tokens, i / a.tokens);
     }
+  }
+  int32_t end = 0;
+  for (int64_t e = 0; a.dropless() && e < a.experts; ++e) {
+    end += a.demand[e];
+    while (end % a.align != 0) ++end;
+    a.offsets[e] = end;
+  }
+  for (int64_t pair = 0; pair < pairs_of(a); ++pair) {
+    if (a.slot[pair] < 0) continue;
+    const int64_t per_group = a.tokens * a.top_n, group = pair / per_group, e = a.expert[pair];
+    const int64_t start = !a.dropless() ? (group * a.experts + e) * a.capacity : e > 0 ? a.offsets[e - 1] : 0;
+    kept[pair] = weight[pair];
+    a.source[start + a.slot[pair]] = int32_t(pair % per_group);
   }
 }
 
@@ -274,8 +287,8 @@ void run(const Dense& a) {
   for (void* const output : {a.dispatch, a.combine})
     Result{output}.fill(a.assignment.groups * a.assignment.tokens * per_token, 0);
   for (int64_t pair = 0; pair < pairs_of(a.assignment); ++pair) {
-    const int64_t slot = slot_of(a.assignment, pair), at = pair / a.assignment.top_n * per_token + slot % per_token;
-    if (slot < 0) continue;
+    const int64_t row = row_of(a.assignment, pair), at = pair / a.assignment.top_n * per_token + row % per_token;
+    if (row < 0) continue;
     Result{a.dispatch}[at] = 1;
     Result{a.combine}[at] = weight[pair];
   }
@@ -284,11 +297,11 @@ void run(const Dense& a) {
 void run(const DenseBackward& a) {
   const Assignment& held = a.assignment;
   for (int64_t pair = 0; pair < pairs_of(held); ++pair) {
-    const int64_t slot = slot_of(held, pair), token = pair / held.top_n;
+    const int64_t row = row_of(held, pair), token = pair / held.top_n;
     const auto element = [&](const void* grad, const int64_t* strides) {
-      if (slot < 0 || grad == nullptr) return 0.0;
+      if (row < 0 || grad == nullptr) return 0.0;
       const int64_t at = token / held.tokens * strides[0] + token % held.tokens * strides[1] +
-                         slot / held.capacity % held.experts * strides[2] + slot % held.capacity * strides[3];
+                         row / held.capacity % held.experts * strides[2] + row % held.capacity * strides[3];
       return View{type_of(a.dtype), grad}[at];
     };
     Result{a.grad_weight}[pair] = element(a.grad_dispatch, a.dispatch_strides) + element(a.grad_combine, a.combine_strides);
@@ -296,23 +309,23 @@ void run(const DenseBackward& a) {
 }
 
 void run(const Dispatch& a) {
-  fill_slots(a, {type_of(a.dtype), a.x}, {a.y}, [](int64_t) { return 1.0; });
+  fill_rows(a, {type_of(a.dtype), a.x}, {a.y}, [](int64_t) { return 1.0; });
 }
 
 void run(const DispatchBackward& a) {
   const View grad_y{type_of(a.dtype), a.grad_y};
-  sum_slots(a, grad_y, {a.grad_x}, [](int64_t) { return 1.0; });
+  sum_rows(a, grad_y, {a.grad_x}, [](int64_t) { return 1.0; });
   if (a.x != nullptr) dot_pairs(a, grad_y, {type_of(a.dtype), a.x}, {a.grad_weight});
 }
 
 void run(const Combine& a) {
   const View weight{compute_type_of(a.dtype), a.weight};
-  sum_slots(a, {type_of(a.dtype), a.y}, {a.out}, [&](int64_t pair) { return weight[pair]; });
+  sum_rows(a, {type_of(a.dtype), a.y}, {a.out}, [&](int64_t pair) { return weight[pair]; });
 }
 
 void run(const CombineBackward& a) {
   const View weight{compute_type_of(a.dtype), a.weight}, grad_out{type_of(a.dtype), a.grad_out};
-  fill_slots(a, grad_out, {a.grad_y}, [&](int64_t pair) { return weight[pair]; });
+  fill_rows(a, grad_out, {a.grad_y}, [&](int64_t pair) { return weight[pair]; });
   dot_pairs(a, {type_of(a.dtype), a.y}, grad_out, {a.grad_weight});
 }
 
