@@ -195,7 +195,8 @@ class TopNGating(nn.Module):
             TypeError: an argument is of the wrong type.
             ValueError: an argument has the wrong value, shape or device.
         """
-        check_tokens(x, self.dim, self.threshold_train.device)
+        threshold = self.threshold_train if self.training else self.threshold_eval
+        check_tokens(x, self.dim, threshold.device)
         return route(
             self.logits(x),
             self.top_n,
@@ -203,7 +204,7 @@ class TopNGating(nn.Module):
             dropless=self.dropless,
             align=self.align,
             policy=self.policy_train if self.training else self.policy_eval,
-            threshold=self.threshold_train if self.training else self.threshold_eval,
+            threshold=threshold,
             eps=self.eps,
             noise_gates=noise_gates,
             noise_mult=noise_mult,

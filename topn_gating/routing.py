@@ -79,11 +79,11 @@ class Routing(NamedTuple):
         align, (num_gates,) = check_count("align", align), self.demand.shape[-1:]
         if self.offsets is not None and align == 1 and self.source.shape[0] == self.weight.numel():
             return self
-        held = self.expert.where(self.slot >= 0, -1)
-        weight, slot, source, demand, offsets = ops.Assign.call(
-            self.weight, held, None, None, None, num_gates, None, align, ops.POLICIES.index("all"), 1.0
+        held = torch.where(self.slot < 0, self.slot, self.expert)  # a negative index is not routed
+        _, slot, source, demand, offsets = ops.Assign.call(
+            self.weight.detach(), held, None, None, None, num_gates, None, align, ops.POLICIES.index("all"), 1.0
         )
-        return self._replace(weight=weight, slot=slot, source=source, demand=demand, offsets=offsets)
+        return self._replace(slot=slot, source=source, demand=demand, offsets=offsets)
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Copies token rows to the experts' rows, ``einsum('…nd,…nec->…ecd', x, dispatch)`` at ``O(n·k·d)``.
