@@ -7,6 +7,7 @@ Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n`
 experts in the dropless layout, ``d`` features; ``…`` are the groups, any number of leading dimensions.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -60,7 +61,8 @@ def _expect_count(name: str, count: int) -> None:
 def _expect_pairs(name: str, t: Tensor, num_gates: int, capacity: int | None) -> None:
     """Checks the sizes of ``(…, n, k)`` tensors beside the experts' rows, without a capacity those of the dropless layout."""
     expect(t.dim() >= 2, f"{name} must have shape (..., tokens, top_n)")
-    tokens, top_n = t.shape[-2] if capacity is not None else t.shape[:-1].numel(), t.shape[-1]
+    top_n = t.shape[-1]
+    tokens = math.prod(t.shape[:-1]) if capacity is None else t.shape[-2]
     _expect_count("num_gates", num_gates)
     if capacity is not None:
         _expect_count("capacity", capacity)

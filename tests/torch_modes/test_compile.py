@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch._inductor.utils import run_and_get_code
 from torch.export import Dim, export
 
@@ -66,6 +67,8 @@ def gate(**options):
         {"differentiable_topk": True},
         {"differentiable_topk": True, "differentiable_topk_fused": False},
         {"capacity": 3, "losses": False},
+        {"dropless": True},
+        {"dropless": True, "align": 8, "policy": "random", "balance_on": "kept"},
     ],
     ids=str,
 )
@@ -141,10 +144,13 @@ LENGTHS = (40, 63, 120)
 
 
 @pytest.mark.parametrize(
-    ("which", "dynamic"), [("full path", True), ("full path", None), ("gate", None), ("moe", True)], ids=str
+    ("which", "dynamic"),
+    [("full path", True), ("full path", None), ("gate", None), ("moe", True), ("dropless", True), ("dropless", None)],
+    ids=str,
 )
 def test_no_recompilation_for_another_length(which, dynamic):
-    module = {"full path": None, "gate": gate(), "moe": MoE(DIM, EXPERTS, policy_train="all")}[which]
+    moe = MoE(DIM, EXPERTS, policy_train="all")
+    module = {"full path": None, "gate": gate(), "moe": moe, "dropless": Dropless()}[which]
     compiled = torch.compile(module or full_path, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in LENGTHS:
         tensors = inputs(tokens)
@@ -157,6 +163,77 @@ def test_no_recompilation_for_another_length(which, dynamic):
                 torch._dynamo.mark_dynamic(t, 1)
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert_same(with_gradients(compiled, leaves, **tensors), expected)
+
+
+class Dropless(torch.nn.Module):
+    """The compact path in the dropless layout, from logits and then from its own choices, and from a capacity to dropless."""
+
+    def __init__(self, align=8):
+        super().__init__()
+        self.align, self.gate = align, gate(dropless=True, align=align)
+
+    def forward(self, x, token_mask=None):
+        routing = self.gate.route(x, token_mask=token_mask)
+        options = {"expert": routing.expert, "weight": routing.weight, "num_gates": EXPERTS}
+        again = topn_gating.route(**options, dropless=True, align=self.align, token_mask=token_mask)
+        other = topn_gating.route(**options, token_mask=token_mask).as_dropless(self.align)
+        outputs = [r.combine(r.dispatch(x).tanh()) for r in (routing, again, other)]
+        return *outputs, routing.balance_loss, *routing[2:5], routing.offsets, again.offsets, other.offsets, other.slot
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_dropless(align):
+    module, tensors = Dropless(align), inputs()
+    x, mask = tensors["x"], tensors["token_mask"]
+    leaves = x, module.gate.to_gates.weight
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_same(with_gradients(compiled, leaves, x, mask), with_gradients(module, leaves, x, mask))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_dropless_by_inductor(align):
+    module, x = Dropless(align), inputs()["x"]
+    leaves = x, module.gate.to_gates.weight
+    assert_same(with_gradients(torch.compile(module, fullgraph=True), leaves, x), with_gradients(module, leaves, x))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_export_of_dropless_for_any_number_of_tokens(align):
+    module, shapes = Dropless(align), {"x": {1: Dim("tokens", min=8, max=4096)}}
+    exported = export(module, (inputs()["x"].detach(),), dynamic_shapes=shapes).module()
+    for length in LENGTHS:
+        x = inputs(length)["x"].detach()
+        assert_same(exported(x), module(x))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_dropless_by_vmap(align):
+    module, xs = Dropless(align), torch.randn(3, 2, 20, DIM)
+    assert_same(list(torch.vmap(module)(xs)), [torch.stack(t) for t in zip(*(module(x) for x in xs), strict=True)])
+
+    def loss(x):
+        return sum(t.square().sum() for t in module(x)[:4])
+
+    expected = [torch.autograd.grad(loss(x), x)[0] for x in (x.clone().requires_grad_() for x in xs)]
+    assert_same(torch.vmap(torch.func.grad(loss))(xs), torch.stack(expected))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_dropless_under_checkpointing(align):
+    module, x = Dropless(align), inputs()["x"]
+    leaves = x, module.gate.to_gates.weight
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+
+    assert_same(with_gradients(checkpointed, leaves, x), with_gradients(module, leaves, x))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_dropless_without_data(align):
+    expected, meta = Dropless(align)(inputs()["x"]), Dropless(align).to("meta")(inputs()["x"].to("meta"))
+    assert [(t.shape, t.dtype) for t in meta] == [(t.shape, t.dtype) for t in expected]
+    assert all(t.is_meta for t in meta)
 
 
 class FullPath(torch.nn.Module):

@@ -74,6 +74,36 @@ def grouped_linear_operator() -> Case:
     return Case(lambda x, w, b: weighted([O.grouped_linear(x, w, b, offsets)]), [torch.randn(s, dtype=DOUBLE) for s in shapes])
 
 
+def dropless_assign_operator() -> Case:
+    case = assign_case((2, 6), 4, 3, None, "all", dtype=DOUBLE, align=4)
+    return Case(lambda weight: weighted(O.assign(weight, *case.args[1:])[:1]), (case.weight,))
+
+
+def a_dropless_assignment():
+    return assignment((2, 6), 4, 2, None, dtype=DOUBLE, straight_through=False, align=4)
+
+
+def dropless_dispatch_operator() -> Case:
+    a = a_dropless_assignment()
+    return Case(lambda x: weighted([O.dispatch(x, a.weight, *a.indices, False)]), (torch.randn(2, 6, 5, dtype=DOUBLE),))
+
+
+def dropless_combine_operator() -> Case:
+    a = a_dropless_assignment()
+    y = torch.randn(len(a.source), 5, dtype=DOUBLE)
+    return Case(lambda y, w: weighted([O.combine(y, w, *a.indices)]), (y, a.weight))
+
+
+def given_choices() -> Case:
+    expert = torch.randn(2, 6, 4).topk(3).indices
+
+    def function(weight, x):
+        routing = topn_gating.route(expert=expert, weight=weight, num_gates=4, dropless=True)
+        return weighted((routing.combine(routing.dispatch(x).tanh()), routing.as_dropless(4).weight))
+
+    return Case(function, (torch.rand(2, 6, 3, dtype=DOUBLE), torch.randn(2, 6, 5, dtype=DOUBLE)))
+
+
 def route_function() -> Case:
     def function(logits):
         routing = topn_gating.route(logits, 3, policy="all")
@@ -102,6 +132,10 @@ CASES = {
     "dispatch": dispatch_operator,
     "combine": combine_operator,
     "grouped_linear": grouped_linear_operator,
+    "assign, dropless": dropless_assign_operator,
+    "dispatch, dropless": dropless_dispatch_operator,
+    "combine, dropless": dropless_combine_operator,
+    "given choices, dropless": given_choices,
     "route": route_function,
     "TopNGating": lambda: module(TopNGating(5, 4, top_n=3, **OPTIONS)),
     "MoE": lambda: module(MoE(5, 4, gating_top_n=3, **OPTIONS)),
