@@ -148,7 +148,8 @@ def implement_on_cuda(name: str, function: Callable[..., Any]) -> None:
         with without_autocast(args[0].device):
             return function(*args)
 
-    _library.impl(name, kernel, "CUDA")
+    for twin in (name, f"{name}_kernel"):
+        _library.impl(twin, kernel, "CUDA")
 
 
 def _caller(function: type[Operator], overload: OpOverload) -> Callable[..., Any]:

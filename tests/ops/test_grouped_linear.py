@@ -289,8 +289,9 @@ def test_the_functions_for_cuda_do_not_read_what_autocast_is(monkeypatch):
     library = []
     monkeypatch.setattr("topn_gating.registry._library", type("", (), {"impl": lambda _, *args: library.append(args)})())
     topn_gating.registry.implement_on_cuda("grouped_linear", grouped.forward)
-    ((name, kernel, key),) = library
+    (name, kernel, key), twin = library
     assert (name, key) == ("grouped_linear", "CUDA")
+    assert twin == ("grouped_linear_kernel", kernel, "CUDA")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same_bits(kernel(rows, weight, bias, offsets), grouped.forward(rows, weight, bias, offsets))
 

@@ -11,6 +11,7 @@ from torch.export import Dim, export
 
 import topn_gating
 from topn_gating import MoE, TopNGating
+from topn_gating.registry import OPERATORS
 
 DIM, EXPERTS, TOP_N = 8, 4, 3
 
@@ -128,6 +129,14 @@ def test_inductor_calls_the_kernels_without_a_look_at_gradients():
     names = "gate", "assign", "dispatch", "combine"
     assert called == {f"{name}{way}_kernel" for name in names for way in ("", "_backward")}
     assert_same(actual, with_gradients(full_path, leaves, **tensors))
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
+def test_what_inductor_calls_has_a_kernel_wherever_the_operator_has_one(key):
+    for name in OPERATORS:
+        for operator in (f"topn_gating::{name}", f"topn_gating::{name}_backward"):
+            found = [torch._C._dispatch_has_kernel_for_dispatch_key(o, key) for o in (operator, f"{operator}_kernel")]
+            assert found[0] == found[1], operator
 
 
 @pytest.mark.parametrize("autocast", [True, False])
