@@ -25,6 +25,11 @@ class MixtureOfExpertsReturn(NamedTuple):
 class MoE(nn.Module):
     r"""Mixture of Experts: gate, experts, and the two losses, through the compact path.
 
+    With ``dropless=True`` every routed pair is computed, whatever the load of its expert (MegaBlocks, arXiv 2211.15841).
+    Without it, each expert has the buffers of its capacity in each group (GShard, arXiv 2006.16668), and pairs over capacity
+    are dropped. On the CPU the built-in experts multiply no row that no pair holds, in either case. On other devices, and by
+    modules of yours, buffers are multiplied whole.
+
     Args:
         dim: features of a token.
         num_experts: number of experts.
@@ -36,11 +41,15 @@ class MoE(nn.Module):
         gating_top_n: experts of a token.
         balance_loss_coef: weight of ``balance_loss`` in ``total_aux_loss``.
         router_z_loss_coef: weight of ``router_z_loss`` in ``total_aux_loss``.
-        experts: a module from ``(…, e, C, dim)`` to ``(…, e, C, dim)``, such as :class:`GLUExperts`; by default
-            :class:`Experts`.
+        experts: :class:`Experts`, which is the default, :class:`GLUExperts`, or a module of yours from buffers
+            ``(…, e, C, dim)`` to the same; a dropless layer calls it with rows ``(R, dim)`` and :attr:`Routing.offsets`, and
+            takes ``(R, dim)``.
         straight_through_dispatch_tensor: see :class:`TopNGating`, as all that follow.
         differentiable_topk: weights from the soft top-n.
         differentiable_topk_fused: in one kernel.
+        dropless: no capacity, and no pair is dropped.
+        shared_experts: a module from ``(…, n, dim)`` to the same, whose output is added: experts of every token (DeepSeekMoE,
+            arXiv 2401.06066).
         min_expert_capacity: the least number of slots.
         policy_train: threshold policy in train mode.
         policy_eval: threshold policy in eval mode.
@@ -51,7 +60,7 @@ class MoE(nn.Module):
 
     Example::
 
-        >>> moe = MoE(dim=512, num_experts=16)
+        >>> moe = MoE(dim=512, num_experts=16, dropless=True)
         >>> outputs, total_aux_loss, balance_loss, router_z_loss = moe(torch.randn(4, 1024, 512))
     """
 
@@ -72,9 +81,11 @@ class MoE(nn.Module):
         differentiable_topk: bool = False,
         differentiable_topk_fused: bool = True,
         *,
+        dropless: bool = False,
+        shared_experts: nn.Module | None = None,
         min_expert_capacity: int = 4,
-        policy_train: Policy = "random",
-        policy_eval: Policy = "random",
+        policy_train: Policy | None = None,
+        policy_eval: Policy | None = None,
         balance_on: BalanceOn = "routed",
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -83,8 +94,9 @@ class MoE(nn.Module):
         super().__init__()
         self.dim = check_count("dim", dim)
         self.num_experts = check_count("num_experts", num_experts)
-        if experts is not None:
-            check_instance("experts", experts, nn.Module, "torch.nn.Module or None")
+        for name, module in (("experts", experts), ("shared_experts", shared_experts)):
+            if module is not None:
+                check_instance(name, module, nn.Module, "torch.nn.Module or None")
         if isinstance(experts, FeedForwards) and (experts.dim, experts.num_experts) != (self.dim, self.num_experts):
             got = f"dim={experts.dim}, num_experts={experts.num_experts}"
             raise ValueError(f"experts must have dim={self.dim}, num_experts={self.num_experts} as the layer, got {got}")
@@ -102,6 +114,7 @@ class MoE(nn.Module):
             differentiable_topk=differentiable_topk,
             differentiable_topk_fused=differentiable_topk_fused,
             min_expert_capacity=min_expert_capacity,
+            dropless=dropless,
             policy_train=policy_train,
             policy_eval=policy_eval,
             balance_on=balance_on,
@@ -112,6 +125,7 @@ class MoE(nn.Module):
         if experts is None:
             experts = Experts(dim, num_experts, expert_hidden_mult, device=device, dtype=dtype)
         self.experts = experts
+        self.shared_experts = shared_experts
 
     def forward(
         self,
@@ -124,10 +138,17 @@ class MoE(nn.Module):
     ) -> MixtureOfExpertsReturn:
         """``outputs, total_aux_loss, balance_loss, router_z_loss`` of tokens ``x`` ``(…, n, dim)``.
 
-        Arguments as :meth:`TopNGating.route`. A token that every expert dropped has output 0: add the residual outside.
+        Arguments as :meth:`TopNGating.route`. A token that no expert computes has output 0, or that of ``shared_experts``: add
+        the residual outside.
         """
         routing = self.gate.route(x, noise_gates, noise_mult, token_mask=token_mask, generator=generator)
-        outputs = routing.combine(self.experts(routing.dispatch(x)))
+        if routing.offsets is None and x.is_cpu and isinstance(self.experts, FeedForwards):
+            routing = routing.as_dropless()  # so that no empty slot is multiplied
+        rows = routing.dispatch(x)
+        rows = self.experts(rows) if routing.offsets is None else self.experts(rows, routing.offsets)
+        outputs = routing.combine(rows)
+        if self.shared_experts is not None:
+            outputs = outputs + self.shared_experts(x)
         balance_loss = routing.balance_loss * self.balance_loss_coef
         total_aux_loss = torch.add(balance_loss, routing.router_z_loss, alpha=self.router_z_loss_coef)
         return MixtureOfExpertsReturn(outputs, total_aux_loss, routing.balance_loss, routing.router_z_loss)

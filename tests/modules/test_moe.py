@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import topn_gating
-from topn_gating import MoE
+from topn_gating import GLUExperts, MoE
 
 DIM, EXPERTS = 12, 4
 
@@ -37,6 +37,40 @@ def stacked(theirs, of):
     }
 
 
+class PerRow(nn.Module):
+    """A module of rows as experts of a dropless layer."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, offsets):
+        return self.module(x)
+
+
+class Hidden(nn.Module):
+    """Experts that a layer does not know to be built in: they get buffers whole."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x):
+        return self.experts(x)
+
+
+def glu_experts(dtype=None):
+    return {"experts": GLUExperts(DIM, EXPERTS, 10, bias=True, dtype=dtype)}
+
+
+def both_experts(dtype=None):
+    """GLUExperts, and a shared one."""
+    return {
+        **glu_experts(dtype),
+        "shared_experts": nn.Sequential(nn.Linear(DIM, 5, dtype=dtype), nn.Linear(5, DIM, dtype=dtype)),
+    }
+
+
 def run(moe, x, *, seed=1, call=None, **kwargs):
     """Outputs, and the gradient of x; those of the parameters are left in ``.grad``."""
     x = x.clone().requires_grad_()
@@ -49,9 +83,14 @@ def run(moe, x, *, seed=1, call=None, **kwargs):
     return [t.detach() for t in out], x.grad
 
 
+@pytest.fixture(params=[False, True], ids=["capacity", "dropless"])
+def dropless(request):
+    return request.param
+
+
 @pytest.fixture
-def moe():
-    return MoE(DIM, EXPERTS, gating_top_n=3)
+def moe(dropless):
+    return MoE(DIM, EXPERTS, gating_top_n=3, dropless=dropless)
 
 
 @pytest.fixture
@@ -100,8 +139,18 @@ def test_total_is_the_weighted_sum_of_the_losses(x):
 class Scale(nn.Module):
     """Experts that multiply by their number."""
 
-    def forward(self, x):
-        return x * torch.arange(1.0, x.shape[-3] + 1).view(-1, 1, 1)
+    def forward(self, x, offsets=None):
+        if offsets is None:
+            return x * torch.arange(1.0, x.shape[-3] + 1).view(-1, 1, 1)
+        return x * torch.searchsorted(offsets, torch.arange(len(x), dtype=torch.int32), right=True).add(1.0).unsqueeze(1)
+
+
+def test_custom_experts_of_a_dropless_layer(x):
+    moe = MoE(DIM, EXPERTS, gating_top_n=3, experts=Scale(), dropless=True)
+    routing = moe.gate.route(x)
+    assert routing.demand.sum() == 3 * 2 * 20
+    expected = (routing.weight * (routing.expert + 1)).sum(-1, keepdim=True) * x
+    torch.testing.assert_close(moe(x).outputs, expected)
 
 
 def test_custom_experts(x):
@@ -119,8 +168,8 @@ def test_custom_experts_are_never_replaced(identity):
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)], ids=str)
-def test_leading_dimensions(lead):
-    moe = MoE(DIM, EXPERTS, policy_train="all").double()
+def test_leading_dimensions(lead, dropless):
+    moe = MoE(DIM, EXPERTS, policy_train="all", dropless=dropless).double()
     x = torch.randn(*lead, 10, DIM, dtype=torch.float64)
     outputs = moe(x).outputs
     assert outputs.shape == x.shape
@@ -139,7 +188,7 @@ def through_state_dict(moe):
     file = io.BytesIO()
     torch.save(moe.state_dict(), file)
     file.seek(0)
-    other = MoE(DIM, EXPERTS, gating_top_n=3)
+    other = MoE(DIM, EXPERTS, gating_top_n=3, dropless=moe.gate.dropless)
     other.load_state_dict(torch.load(file, weights_only=True), strict=True)
     return other
 
@@ -167,10 +216,13 @@ def test_routing_can_be_copied_and_pickled(moe, x):
         assert type(other) is topn_gating.Routing
         assert all(torch.equal(a, b) for a, b in zip(other[:7], routing[:7], strict=True))
         assert other.straight_through is routing.straight_through
+        assert torch.equal(other.offsets, routing.offsets) if moe.gate.dropless else other.offsets is None
 
 
-def test_autocast(x):
-    moe = MoE(DIM, EXPERTS, gating_top_n=3, router_dtype=torch.float32)
+@pytest.mark.parametrize("make_experts", [None, glu_experts, both_experts], ids=["Experts", "GLUExperts", "shared"])
+def test_autocast(x, dropless, make_experts):
+    options = make_experts() if make_experts else {}
+    moe = MoE(DIM, EXPERTS, gating_top_n=3, router_dtype=torch.float32, dropless=dropless, **options)
     (expected, *losses), expected_grad = run(moe, x)
     expected_grads = [p.grad.clone() for p in moe.parameters()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -184,8 +236,10 @@ def test_autocast(x):
 
 
 @pytest.mark.parametrize("experts", [None, nn.Linear(DIM, DIM)], ids=["ours", "custom"])
-def test_float64_stays_float64_under_autocast(x, experts):
-    moe, x = MoE(DIM, EXPERTS, experts=experts, policy_train="all").double(), x.double()
+def test_float64_stays_float64_under_autocast(x, experts, dropless):
+    if experts and dropless:
+        experts = PerRow(experts)
+    moe, x = MoE(DIM, EXPERTS, experts=experts, policy_train="all", dropless=dropless).double(), x.double()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = moe(x)
     assert [t.dtype for t in actual] == [torch.float64] * 4
@@ -236,10 +290,95 @@ def test_training_lowers_the_loss(moe, x):
     assert sum(history[-5:]) < 0.5 * sum(history[:5])
 
 
-def test_experts_start_as_linear_layers_do():
-    experts = topn_gating.Experts(16, 8)
-    for weight, bias in ((experts.weight_in, experts.bias_in), (experts.weight_out, experts.bias_out)):
-        fan_in = weight.shape[1]
-        for t in (weight, bias):
-            assert 0.9 < t.abs().max() * fan_in**0.5 <= 1 + 1e-6
-    assert (experts.mult_bias == 1).all()
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+EXPERTS_OF = pytest.mark.parametrize(
+    "make_experts", [lambda dtype: {}, glu_experts, both_experts], ids=["Experts", "GLUExperts", "shared"]
+)
+
+
+def assert_same_run(actual, expected, moe, other, dtype):
+    """Two of :func:`run` and the gradients they left, equal but for roundings, relative to each tensor's norm."""
+    (outputs, grad), (other_outputs, other_grad) = actual, expected
+    pairs = zip(
+        [*outputs, grad, *(p.grad for p in moe.parameters())],
+        [*other_outputs, other_grad, *(p.grad for p in other.parameters())],
+        strict=True,
+    )
+    for a, b in pairs:
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert (a.double() - b.double()).norm() <= TOLERANCE[dtype] * b.double().norm()
+
+
+@DTYPES
+@EXPERTS_OF
+def test_layouts_agree_where_nothing_is_dropped(make_experts, dtype):
+    """On the CPU a layer with capacity computes no empty slot; hidden behind another module, its experts get them."""
+    options = {"gating_top_n": 3, "policy_train": "all", "capacity_factor_train": 100.0, "dtype": dtype}
+    dropless = MoE(DIM, EXPERTS, dropless=True, **options, **make_experts(dtype))
+    capacity = MoE(DIM, EXPERTS, **options, **make_experts(dtype))
+    capacity.load_state_dict(dropless.state_dict())
+    x = torch.randn(2, 20, DIM).to(dtype)
+    expected = run(dropless, x)
+    assert_same_run(run(capacity, x), expected, capacity, dropless, dtype)
+    whole = copy.deepcopy(capacity)
+    whole.experts = Hidden(whole.experts)
+    assert_same_run(run(whole, x), expected, whole, dropless, dtype)
+
+
+@DTYPES
+@EXPERTS_OF
+@pytest.mark.parametrize("straight_through", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_computing_no_empty_slot_changes_nothing(make_experts, dtype, straight_through, training):
+    """The same pairs are dropped, by threshold and by capacity, in groups and beside padding."""
+    options = {"gating_top_n": 3, "capacity_factor_train": 0.7, "capacity_factor_eval": 0.9, "min_expert_capacity": 1}
+    options |= {"straight_through_dispatch_tensor": straight_through, "dtype": dtype}
+    moe = MoE(DIM, EXPERTS, **options, **make_experts(dtype)).train(training)
+    whole = copy.deepcopy(moe)
+    whole.experts = Hidden(whole.experts)
+    x, mask = torch.randn(3, 2, 20, DIM).to(dtype), torch.rand(3, 2, 20) < 0.9
+    torch.manual_seed(1)
+    routing = moe.gate.route(x, token_mask=mask)
+    assert (routing.slot == -1).any()
+    assert 0.05 < routing.drop_fraction < 0.9
+    actual, expected = run(moe, x, token_mask=mask), run(whole, x, token_mask=mask)
+    assert_same_run(actual, expected, moe, whole, dtype)
+
+
+def test_shared_experts(x, dropless):
+    shared = nn.Sequential(nn.Linear(DIM, 5), nn.Tanh(), nn.Linear(5, DIM))
+    moe = MoE(DIM, EXPERTS, gating_top_n=3, dropless=dropless, shared_experts=shared)
+    assert {name.split(".")[0] for name in moe.state_dict()} == {"gate", "experts", "shared_experts"}
+    (outputs, *losses), grad = run(moe, x)
+    shared_grads = [p.grad.clone() for p in shared.parameters()]
+    grads = [p.grad.clone() for p in (*moe.gate.parameters(), *moe.experts.parameters())]
+    moe.shared_experts = None
+    (routed, *other_losses), routed_grad = run(moe, x)
+    torch.testing.assert_close(outputs, routed + shared(x))
+    torch.testing.assert_close(losses, other_losses)
+    torch.testing.assert_close(grads, [p.grad for p in (*moe.gate.parameters(), *moe.experts.parameters())])
+    leaf = x.clone().requires_grad_()
+    weight = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(5))
+    expected = torch.autograd.grad((shared(leaf) * weight).sum(), (leaf, *shared.parameters()))
+    torch.testing.assert_close([grad - routed_grad, *shared_grads], list(expected))
+
+
+@pytest.mark.parametrize("make_experts", [dict, glu_experts, both_experts], ids=["Experts", "GLUExperts", "shared"])
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 0), (1, 1), (0, 3)], ids=str)
+def test_no_token_and_one(shape, make_experts, dropless):
+    moe, x = MoE(DIM, EXPERTS, dropless=dropless, policy_train="all", **make_experts()), torch.randn(*shape, DIM)
+    (outputs, *losses), grad = run(moe, x)
+    assert outputs.shape == grad.shape == x.shape
+    assert all(t.isfinite().all() for t in (outputs, *losses, grad, *(p.grad for p in moe.parameters())))
+    assert outputs.any() == (x.numel() > 0)
+
+
+def test_dropless_computes_every_pair(x):
+    """Even where all tokens choose the same experts, whose capacity they would exceed."""
+    moe = MoE(DIM, EXPERTS, dropless=True).double()
+    x = x[:1, :1].double().expand(2, 20, DIM)
+    outputs = moe(x).outputs
+    torch.testing.assert_close(outputs, moe(x[:1, :1]).outputs.expand_as(outputs))
+    assert outputs.any()
+    assert moe.gate.route(x).drop_fraction == 0
