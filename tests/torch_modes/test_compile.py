@@ -1,5 +1,6 @@
 """torch.compile, torch.export and torch.func: one graph, the numbers of eager, no recompilation for another length."""
 
+import functools
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.export import Dim, export
 
 import topn_gating
-from topn_gating import MoE, TopNGating
+from topn_gating import GLUExperts, MoE, TopNGating
 from topn_gating.registry import OPERATORS
 
 DIM, EXPERTS, TOP_N = 8, 4, 3
@@ -112,8 +113,12 @@ def test_routing_leaves_the_graph_as_it_is():
     assert_same(routing.dense(), expected.dense())
 
 
-def test_moe_by_inductor():
-    moe, x = MoE(DIM, EXPERTS, gating_top_n=TOP_N, policy_train="threshold"), inputs()["x"]
+LAYOUTS = pytest.mark.parametrize("dropless", [False, True], ids=["capacity", "dropless"])
+
+
+@LAYOUTS
+def test_moe_by_inductor(dropless):
+    moe, x = MoE(DIM, EXPERTS, gating_top_n=TOP_N, policy_train="threshold", dropless=dropless), inputs()["x"]
     leaves = x, *moe.parameters()
     compiled = torch.compile(moe, fullgraph=True)
     assert_same(with_gradients(compiled, leaves, x), with_gradients(moe, leaves, x))
@@ -139,9 +144,12 @@ def test_what_inductor_calls_has_a_kernel_wherever_the_operator_has_one(key):
             assert found[0] == found[1], operator
 
 
+@LAYOUTS
 @pytest.mark.parametrize("autocast", [True, False])
-def test_moe(autocast):
-    moe, x = MoE(DIM, EXPERTS, gating_top_n=TOP_N, policy_train="all", router_dtype=torch.float32), inputs()["x"]
+def test_moe(autocast, dropless):
+    options = {"policy_train": "all", "router_dtype": torch.float32, "dropless": dropless}
+    shared, x = torch.nn.Linear(DIM, DIM), inputs()["x"]
+    moe = MoE(DIM, EXPERTS, gating_top_n=TOP_N, experts=GLUExperts(DIM, EXPERTS, 5), shared_experts=shared, **options)
     leaves = x, *moe.parameters()
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -154,12 +162,15 @@ LENGTHS = (40, 63, 120)
 
 @pytest.mark.parametrize(
     ("which", "dynamic"),
-    [("full path", True), ("full path", None), ("gate", None), ("moe", True), ("dropless", True), ("dropless", None)],
+    [
+        *(("full path", True), ("full path", None), ("gate", None), ("dropless", True), ("dropless", None)),
+        *(("moe", True), ("dropless moe", True)),
+    ],
     ids=str,
 )
 def test_no_recompilation_for_another_length(which, dynamic):
-    moe = MoE(DIM, EXPERTS, policy_train="all")
-    module = {"full path": None, "gate": gate(), "moe": moe, "dropless": Dropless()}[which]
+    moe = MoE(DIM, EXPERTS, policy_train="all", dropless=which == "dropless moe")
+    module = {"full path": None, "gate": gate(), "dropless": Dropless()}.get(which, moe)
     compiled = torch.compile(module or full_path, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in LENGTHS:
         tensors = inputs(tokens)
@@ -285,9 +296,10 @@ def test_export_of_the_dense_form():
     assert_same(exported(other), module(other))
 
 
+@LAYOUTS
 @pytest.mark.parametrize("lead", [(), (1,), (2,), (2, 3)], ids=str)
-def test_export_of_moe_for_any_number_of_tokens(lead):
-    moe = MoE(DIM, EXPERTS, policy_train="all")
+def test_export_of_moe_for_any_number_of_tokens(lead, dropless):
+    moe = MoE(DIM, EXPERTS, policy_train="all", dropless=dropless)
     shapes = {"x": {len(lead): Dim("tokens", min=8, max=4096)}}
     exported = export(moe, (torch.randn(*lead, 20, DIM),), dynamic_shapes=shapes).module()
     for length in (9, 63):
@@ -296,7 +308,7 @@ def test_export_of_moe_for_any_number_of_tokens(lead):
 
 
 @pytest.mark.parametrize("router_dtype", [None, torch.float32])
-@pytest.mark.parametrize("make", [TopNGating, MoE])
+@pytest.mark.parametrize("make", [TopNGating, MoE, functools.partial(MoE, dropless=True)], ids=["gate", "moe", "dropless moe"])
 def test_meta_tensors_have_the_shapes_and_types_of_others(make, router_dtype):
     x = torch.randn(2, 20, DIM).bfloat16()
     expected, meta = (

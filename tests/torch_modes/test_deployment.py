@@ -13,6 +13,7 @@ from topn_gating import MoE, TopNGating
 from topn_gating.linear import GateLinear
 
 DIM, EXPERTS = 8, 4
+LAYOUTS = pytest.mark.parametrize("dropless", [False, True], ids=["capacity", "dropless"])
 ROUTER_TYPES = pytest.mark.parametrize("router_dtype", [None, torch.float32, torch.float64], ids=str)
 
 
@@ -35,8 +36,9 @@ def train(moe: nn.Module, x: Tensor) -> list[Tensor]:
 # Parameters made on the meta device
 
 
-def test_reset_parameters_writes_the_thresholds_after_to_empty():
-    expected, moe = some_moe().state_dict(), some_moe(device="meta")
+@LAYOUTS
+def test_reset_parameters_writes_the_thresholds_after_to_empty(dropless):
+    expected, moe = some_moe(dropless=dropless).state_dict(), some_moe(device="meta", dropless=dropless)
     moe.to_empty(device="cpu")
     for t in (*moe.parameters(), *moe.buffers()):
         t.data.fill_(torch.nan)
@@ -206,15 +208,17 @@ WRAPPED = {
 }
 
 
+@LAYOUTS
 @ROUTER_TYPES
 @pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
 @pytest.mark.parametrize("made_on", ["cpu", "meta"])
-def test_fsdp2(group, made_on, wrapped, router_dtype):
+def test_fsdp2(group, made_on, wrapped, router_dtype, dropless):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     torch.manual_seed(0)
-    expected = some_moe(router_dtype=router_dtype)
-    moe = copy.deepcopy(expected) if made_on == "cpu" else some_moe(router_dtype=router_dtype, device="meta")
+    options = {"router_dtype": router_dtype, "dropless": dropless}
+    expected = some_moe(**options)
+    moe = copy.deepcopy(expected) if made_on == "cpu" else some_moe(**options, device="meta")
     for module in wrapped(moe):
         fully_shard(module, mesh=group)
     register_fsdp_forward_method(
@@ -228,12 +232,13 @@ def test_fsdp2(group, made_on, wrapped, router_dtype):
         torch.testing.assert_close(p.grad.full_tensor(), other.grad)
 
 
+@LAYOUTS
 @ROUTER_TYPES
-def test_fsdp2_in_mixed_precision(group, router_dtype):
+def test_fsdp2_in_mixed_precision(group, router_dtype, dropless):
     """Logits are computed in ``router_dtype`` from the bfloat16 that FSDP gathers."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    moe = some_moe(router_dtype=router_dtype)
+    moe = some_moe(router_dtype=router_dtype, dropless=dropless)
     expected = copy.deepcopy(moe).bfloat16()
     for module in WRAPPED["gate and experts"](moe):
         fully_shard(module, mesh=group, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -245,15 +250,17 @@ def test_fsdp2_in_mixed_precision(group, router_dtype):
     torch.testing.assert_close(actual, expected(some_tokens(torch.bfloat16)), rtol=1e-2, atol=1e-2)
 
 
+@LAYOUTS
 @ROUTER_TYPES
 @pytest.mark.parametrize("made_on", ["cpu", "meta"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "every module"])
-def test_fsdp1(group, made_on, router_dtype, whole):
+def test_fsdp1(group, made_on, router_dtype, whole, dropless):
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import always_wrap_policy
 
-    expected = some_moe(router_dtype=router_dtype)
-    moe = copy.deepcopy(expected) if made_on == "cpu" else some_moe(router_dtype=router_dtype, device="meta")
+    options = {"router_dtype": router_dtype, "dropless": dropless}
+    expected = some_moe(**options)
+    moe = copy.deepcopy(expected) if made_on == "cpu" else some_moe(**options, device="meta")
     policy = None if whole else always_wrap_policy
     moe = FullyShardedDataParallel(moe, device_id=torch.device("cpu"), auto_wrap_policy=policy, use_orig_params=True)
     if made_on == "meta":

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import topn_gating
-from topn_gating import MoE, TopNGating
+from topn_gating import GLUExperts, MoE, TopNGating
 
 DOUBLE = torch.float64
 O = torch.ops.topn_gating  # noqa: E741
@@ -123,6 +123,10 @@ def module(made: torch.nn.Module) -> Case:
     return Case(function, (torch.randn(2, 6, 5, dtype=DOUBLE), dict(made.named_parameters())[name].detach()))
 
 
+def swiglu() -> GLUExperts:
+    return GLUExperts(5, 4, 3, bias=True, dtype=DOUBLE)
+
+
 OPTIONS = {"policy_train": "all", "straight_through_dispatch_tensor": False, "dtype": DOUBLE}
 CASES = {
     "gate": gate_operator,
@@ -139,6 +143,7 @@ CASES = {
     "route": route_function,
     "TopNGating": lambda: module(TopNGating(5, 4, top_n=3, **OPTIONS)),
     "MoE": lambda: module(MoE(5, 4, gating_top_n=3, **OPTIONS)),
+    "MoE, dropless": lambda: module(MoE(5, 4, gating_top_n=3, dropless=True, experts=swiglu(), **OPTIONS)),
 }
 ROWS = [(name, wanted) for name, make in CASES.items() for wanted in [*range(len(make().inputs)), "all"]]
 rows = pytest.mark.parametrize(("name", "wanted"), [row for row in ROWS if row[1] != "all" or (row[0], 1) in ROWS])

@@ -1,5 +1,7 @@
 """Torch's modes, and what a call must leave alone: determinism, threads, inference_mode, no_grad, the caller's tensors."""
 
+import functools
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_deterministic_algorithms(dtype):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("make", [TopNGating, MoE])
+@pytest.mark.parametrize("make", [TopNGating, MoE, functools.partial(MoE, dropless=True)], ids=["gate", "moe", "dropless moe"])
 def test_without_gradients(make, mode, training):
     module, x = make(16, 4).train(training), torch.randn(2, 40, 16)
     torch.manual_seed(1)
