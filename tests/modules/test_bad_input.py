@@ -252,6 +252,7 @@ def test_largest_numbers_of_float32_are_finite():
 
 def test_arguments_of_moe():
     check(lambda: MoE(8, 4, experts=lambda x: x), TypeError, "experts", "torch.nn.Module", "function")
+    check(lambda: MoE(8, 4, shared_experts=[]), TypeError, "shared_experts", "torch.nn.Module", "list")
     check(lambda: MoE(8, 4, gating_top_n=5), ValueError, "top_n", "4", "5")
     check(lambda: MoE(8, 0), ValueError, "at least 1", "0")
     check(lambda: MoE(8, 4, expert_hidden_mult=0), ValueError, "hidden_mult", "above 0", "0")
