@@ -101,7 +101,7 @@ def test_every_build_answers_for_either_device(name, key):
 def test_cuda_tensors_without_cuda_kernels_say_what_to_do():
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # as a CUDA tensor would bring it
     with pytest.raises(RuntimeError, match=r"^topn_gating was built without CUDA kernels: .*TOPN_GATING_CUDA=1 pip install"):
-        torch.ops.topn_gating.combine.default.redispatch(cuda, *torch.zeros(5, 2, 3))
+        torch.ops.topn_gating.combine.default.redispatch(cuda, *torch.zeros(5, 2, 3), None)
 
 
 PTXAS = """ptxas info    : Compiling entry function '_Z4gatePf' for 'sm_90'
