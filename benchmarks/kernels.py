@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py [--device cuda] [--shapes 8,4096,4096,8,2 …] [--dtypes bfloat16 float32] [--out FOLDER]
     python benchmarks/kernels.py --packages build/old .     # two versions of topn_gating, measured alternately
+    python benchmarks/kernels.py --dropless                 # assign, dispatch and combine in the dropless layout
 
 A time is a median; on a GPU it is that of calls in a replayed CUDA graph, without Python. The bytes are those of the tensors
 that the operator must read and write; of a tensor that it gathers from, only the rows that it needs. The percentage after a
@@ -131,7 +132,7 @@ def child(shape: Shape, lines: Sequence[tuple[str, str]], options: argparse.Name
             if problem is None or problem.dtype != getattr(torch, dtype):
                 problem = None
                 clock.release(options.device)
-                problem = Problem(shape, getattr(torch, dtype), options.device)
+                problem = Problem(shape, getattr(torch, dtype), options.device, options.dropless)
             figure = measure(problem, name, options.rounds)
         except torch.OutOfMemoryError:
             figure = Figure(why=TOO_LARGE)
@@ -145,6 +146,7 @@ def figures_of(shape: Shape, package: str, lines: Sequence[tuple[str, str]], opt
     while waiting:
         asked = json.dumps({"shape": shape, "lines": waiting})
         command = [*CHILD, "--child", asked, "--device", options.device, "--rounds", str(options.rounds)]
+        command += ["--dropless"] * options.dropless
         environment = ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
         begun = why = None
         for message in messages(command, environment, options.seconds):
@@ -193,8 +195,8 @@ def measure_all(options: argparse.Namespace) -> Iterator:
     Several packages are measured alternately, ``--turns`` times each; a line's figure is the best.
     """
     until = time.monotonic() + options.budget
-    passes = [[*(options.names or names(options.device)), *(() if options.names else (ROUTE, TOPK))]]
-    if not options.names and len(options.packages) == 1:
+    passes = [[*options.names, *(() if options.dropless or options.named else (ROUTE, TOPK))]]
+    if not options.dropless and not options.named and len(options.packages) == 1:
         passes.append(list(COMPARISONS))
     for asked in passes:
         for shape in options.shapes:
@@ -246,8 +248,8 @@ def once(options: argparse.Namespace) -> None:
     calls = 0
     for shape in options.shapes:
         for dtype in options.dtypes:
-            problem = Problem(shape, getattr(torch, dtype), options.device)
-            for name, arguments in variants(problem, options.names or names(options.device)):
+            problem = Problem(shape, getattr(torch, dtype), options.device, options.dropless)
+            for name, arguments in variants(problem, options.names):
                 clock.synchronize(options.device)
                 if options.device == "cuda":
                     torch.cuda.cudart().cudaProfilerStart()
@@ -256,7 +258,7 @@ def once(options: argparse.Namespace) -> None:
                 if options.device == "cuda":
                     torch.cuda.cudart().cudaProfilerStop()
                 calls += 1
-    print(f"{calls} calls of {len(options.names or names(options.device))} operators ended")
+    print(f"{calls} calls of {len(options.names)} operators ended")
 
 
 def variants(problem: Problem, asked: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -277,6 +279,7 @@ def smoke(options: argparse.Namespace) -> int:
 
     def run(name: str) -> bool:
         command = [*CHILD, "--once", "--names", name, "--device", options.device, "--dtypes", *options.dtypes]
+        command += ["--dropless"] * options.dropless
         environment = ENVIRONMENT | os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         said = (done.stdout + done.stderr).strip().splitlines()
@@ -285,15 +288,15 @@ def smoke(options: argparse.Namespace) -> int:
         return done.returncode != 0
 
     with ThreadPoolExecutor(4) as pool:
-        return sum(pool.map(run, options.names or names(options.device)))
+        return sum(pool.map(run, options.names))
 
 
 def list_launches(options: argparse.Namespace) -> None:
     """Prints the time of each kernel that an operator launches."""
     for shape in options.shapes:
         for dtype in options.dtypes:
-            problem = Problem(shape, getattr(torch, dtype), options.device)
-            for name in options.names or names(options.device):
+            problem = Problem(shape, getattr(torch, dtype), options.device, options.dropless)
+            for name in options.names:
                 arguments = problem.arguments(name)
                 for kernel, seconds in clock.launches(lambda n=name, a=arguments: operator(n)(**a), options.device).items():
                     where = ",".join(map(str, shape))
@@ -307,6 +310,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="b,n,d,e,k")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32", "float16", "float64"))
     parser.add_argument("--names", nargs="+", choices=list(TRAFFIC), metavar="OPERATOR", help=", ".join(TRAFFIC))
+    parser.add_argument("--dropless", action="store_true", help="the dropless layout, and the operators that know it alone")
     parser.add_argument("--packages", nargs="+", default=["."], metavar="FOLDER", help="folders with a built topn_gating")
     parser.add_argument("--turns", type=int, default=1, help="times that each package is measured; the best counts")
     parser.add_argument("--rounds", type=int, default=20, help="samples, of which the median counts")
@@ -319,6 +323,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.dtypes = options.dtypes or DTYPES[options.device]
+    options.named = options.names is not None
+    options.names = options.names or names(options.device, options.dropless)
     options.shapes = options.shapes or (SMALL if options.once else SHAPES[options.device])
     return options
 

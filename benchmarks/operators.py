@@ -34,22 +34,24 @@ class Traffic(NamedTuple):
             (self.pair_rows, lambda t: pairs * t.shape[-1] * t.element_size()),
             (self.token_rows, lambda t: tokens * t.shape[-1] * t.element_size()),
         )
-        found = [(tensors[name], size) for names, size in sizes for name in names.split()]
+        found = [(tensors.get(name), size) for names, size in sizes for name in names.split()]
         return sum(size(t) for t, size in found if t is not None)
 
 
 TRAFFIC = {
     "gate": Traffic("logits weight expert importance top_count balance_loss router_z_loss"),
     "gate_backward": Traffic("grad_weight grad_balance_loss grad_router_z_loss logits expert top_count grad_logits"),
-    "assign": Traffic("weight expert draws threshold kept slot source demand"),
+    "assign": Traffic("weight expert draws threshold kept slot source demand offsets"),
     "assign_backward": Traffic("grad_kept slot grad_weight"),
     "dense": Traffic("weight expert slot dispatch combine", pair_elements="source"),
     "dense_backward": Traffic("expert slot grad_weight", pair_elements="source", pair_sectors="grad_dispatch grad_combine"),
-    "dispatch": Traffic("source y", pair_elements="expert slot", token_rows="x"),
-    "dispatch_backward": Traffic("expert slot grad_x grad_weight", pair_elements="source", pair_rows="grad_y", token_rows="x"),
-    "combine": Traffic("expert slot out", pair_elements="weight source", pair_rows="y"),
+    "dispatch": Traffic("source offsets y", pair_elements="expert slot", token_rows="x"),
+    "dispatch_backward": Traffic(
+        "expert slot offsets grad_x grad_weight", pair_elements="source", pair_rows="grad_y", token_rows="x"
+    ),
+    "combine": Traffic("expert slot offsets out", pair_elements="weight source", pair_rows="y"),
     "combine_backward": Traffic(
-        "source grad_y grad_weight", pair_elements="weight expert slot", pair_rows="y", token_rows="grad_out"
+        "source offsets grad_y grad_weight", pair_elements="weight expert slot", pair_rows="y", token_rows="grad_out"
     ),
     "linear": Traffic("x weight logits"),
     "linear_backward": Traffic("grad_logits x weight grad_x grad_weight"),
@@ -64,9 +66,10 @@ EINSUMS = {"einsum of dispatch": "...nd,...nec->...ecd", "einsum of combine": ".
 COMPARISONS = (*EINSUMS, PRODUCTS, EAGER, COMPILED)
 
 
-def names(device: str) -> list[str]:
-    """Returns the operators of a device."""
-    return [name for name in TRAFFIC if device == "cpu" or name not in ON_CPU_ALONE]
+def names(device: str, dropless: bool = False) -> list[str]:
+    """Returns the operators of a device; ``dropless``: those that the layout of the experts' rows changes."""
+    found = [name for name in TRAFFIC if device == "cpu" or name not in ON_CPU_ALONE]
+    return [name for name in found if name.startswith(("assign", "dispatch", "combine"))] if dropless else found
 
 
 def operator(name: str):
@@ -81,19 +84,23 @@ def results_of(name: str, results: Tensor | Sequence[Tensor]) -> dict[str, Tenso
 
 
 class Problem:
-    """The inputs of a shape. It keeps logits and routing; token rows and dense tensors are allocated at each call."""
+    """The inputs of a shape. It keeps logits and routing; token rows and dense tensors are allocated at each call.
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+    In the dropless layout every pair is routed, and there are no dense tensors.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str, dropless: bool = False) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         b, n, _, e, k = shape
-        self.capacity = topn_gating.expert_capacity(n, e, CAPACITY_FACTOR)
+        self.capacity = None if dropless else topn_gating.expert_capacity(n, e, CAPACITY_FACTOR)
         torch.manual_seed(0)
         self.logits = self.normal(b, n, e)
         self.draws = torch.rand(b, n, k, device=device, dtype=self.compute_dtype)
         self.threshold = torch.full((k,), THRESHOLD, device=device, dtype=self.compute_dtype)
         self.weight, self.expert, _, self.top_count, *_ = operator("gate")(**self.arguments("gate"))
-        self.kept, self.slot, self.source, *_ = operator("assign")(**self.arguments("assign"))
+        self.kept, self.slot, self.source, _, *offsets = operator("assign")(**self.arguments("assign"))
+        self.offsets = offsets[0] if dropless else None
 
     def normal(self, *shape: int) -> Tensor:
         """Returns random numbers of the problem's type."""
@@ -109,7 +116,7 @@ class Problem:
         return self.normal(self.shape.b, self.shape.n, self.shape.d)
 
     def slots(self) -> Tensor:
-        """Returns rows of the experts' buffers ``(b, e, C, d)``."""
+        """Returns the experts' rows ``(b, e, C, d)``, or dropless ``(R, d)``."""
         return self.normal(*self.source.shape, self.shape.d)
 
     def dense(self) -> Sequence[Tensor]:
@@ -141,8 +148,11 @@ class Problem:
             grads = {"grad_weight": self.weight, "grad_importance": None, "grad_balance_loss": one, "grad_router_z_loss": one}
             return {**grads, "logits": self.logits, "expert": self.expert, "top_count": self.top_count, **optional, **options}
         if name == "assign":
-            arguments = {"weight": self.weight, "expert": self.expert, "draws": self.draws, "threshold": self.threshold}
-            sizes = {"num_gates": e, "capacity": self.capacity, "align": 1, "policy": POLICIES.index(POLICY), "eps": EPS}
+            policy, draws, threshold = POLICY, self.draws, self.threshold
+            if self.capacity is None:
+                policy, draws, threshold = "all", None, None
+            arguments = {"weight": self.weight, "expert": self.expert, "draws": draws, "threshold": threshold}
+            sizes = {"num_gates": e, "capacity": self.capacity, "align": 1, "policy": POLICIES.index(policy), "eps": EPS}
             return {**arguments, "token_mask": None, **sizes}
         if name == "assign_backward":
             return {"grad_kept": self.weight, "slot": self.slot}
@@ -152,7 +162,7 @@ class Problem:
         if name == "dense_backward":
             grad_dispatch, grad_combine = self.dense()
             return {"grad_dispatch": grad_dispatch, "grad_combine": grad_combine, **rows}
-        rows["offsets"] = None
+        rows["offsets"] = self.offsets
         if name == "dispatch":
             return {"x": self.tokens(), "weight": self.kept, **rows, "straight_through": True}
         if name == "dispatch_backward":
@@ -175,7 +185,7 @@ class Problem:
     def large_bytes(self, name: str) -> int:
         """Returns the bytes of the dense tensors and of the rows that a line of the table allocates; all else is small."""
         b, n, d, e, k = self.shape
-        dense, rows = 2 * b * n * e * self.capacity, (b * n + b * e * self.capacity) * d
+        dense, rows = 2 * b * n * e * (self.capacity or 0), (b * n + self.source.numel()) * d
         if name in EINSUMS:
             count = dense + rows
         elif name.startswith("grouped_linear") or name == PRODUCTS:

@@ -20,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 
 #include "device.h"
 #include "harness/cases.h"
@@ -162,11 +163,20 @@ struct Benchmark {
   Device& device;
   NamedType type;
   Shape shape;
+  bool dropless = false;  // whether the experts' rows have the dropless layout, in which every pair is routed
 
-  std::string name() const { return std::string(kernel.name) + "/" + device.name() + "/" + type.name + "/" + shape.name(); }
+  std::string name() const {
+    const char* layout = dropless ? "/dropless" : "";
+    return std::string(kernel.name) + "/" + device.name() + "/" + type.name + "/" + shape.name() + layout;
+  }
   Case on(const Shape& s, Inputs inputs) const {
     Case c{type.dtype, s.groups, s.tokens, s.experts, s.top_n, s.capacity(), s.dim};
     c.inputs = inputs;
+    if (dropless) {
+      c.tokens *= std::exchange(c.groups, 1);
+      c.dropless = true;
+      c.policy = Policy::All;
+    }
     return c;
   }
 };
@@ -286,6 +296,7 @@ std::vector<Benchmark> benchmarks_of(const Options& options, const Devices& devi
       for (const std::unique_ptr<Device>& device : devices) {
         for (const Kernel& kernel : harness::kKernels) {
           if (device->is_cpu() || !kernel.on_cpu_alone) benchmarks.push_back({kernel, *device, type, shape});
+          if (kernel.knows_dropless) benchmarks.push_back({kernel, *device, type, shape, true});
         }
       }
     }

@@ -91,6 +91,24 @@ def test_bytes(dtype, size):
         assert TRAFFIC[name].bytes(arguments | results, problem.slot) == count, name
 
 
+def test_bytes_of_the_dropless_layout():
+    b, n, d, e, k = shape = Shape(2, 30, 5, 6, 3)
+    problem, tokens, pairs = Problem(shape, torch.float32, "cpu", True), b * n, b * n * k
+    expected = {
+        "assign": pairs * 20 + e * 8,
+        "assign_backward": pairs * 12,
+        "dispatch": pairs * (12 + d * 4) + tokens * d * 4 + e * 4,
+        "dispatch_backward": pairs * (16 + d * 4) + 2 * tokens * d * 4 + e * 4,
+        "combine": pairs * (16 + d * 4) + tokens * d * 4 + e * 4,
+        "combine_backward": pairs * (20 + 2 * d * 4) + tokens * d * 4 + e * 4,
+    }
+    assert list(expected) == operators.names("cpu", dropless=True)
+    for name, count in expected.items():
+        arguments = problem.arguments(name)
+        results = operators.results_of(name, operators.operator(name)(**arguments))
+        assert TRAFFIC[name].bytes(arguments | results, problem.slot) == count, name
+
+
 @pytest.mark.parametrize("name", [*TRAFFIC, ROUTE, TOPK, *EINSUMS, PRODUCTS, EAGER])
 def test_every_line_is_measured(name, environment):
     figure = kernels.measure(Problem(kernels.SMALL[0], torch.float32, "cpu"), name, 1)

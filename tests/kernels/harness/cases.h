@@ -45,6 +45,7 @@ struct Kernel {
   const char* name;
   void (*set_up)(Call&, const Case&);
   bool on_cpu_alone = false;
+  bool knows_dropless = false;  // whether a case may be dropless, and changes by it
 };
 extern const std::vector<Kernel> kKernels;
 // Prepares the call of the kernel with that name.
