@@ -23,7 +23,8 @@ def register() -> str:
 
     It serves every model whose experts go through transformers' ``use_experts_implementation`` (Mixtral, Qwen3-MoE, OLMoE,
     DeepSeek-V3, gpt-oss, …), by ``from_pretrained(…, experts_implementation=…)``, ``from_config`` or
-    ``model.set_experts_implementation(…)``. To register twice is harmless.
+    ``model.set_experts_implementation(…)``. To register twice is harmless. Models of transformers up to 5.3 take no names but
+    their own there; ``model.config._experts_implementation = register()`` works with these too.
 
     Raises:
         ImportError: transformers is missing, or older than version 5.
