@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense 
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo test bench router-bench lint kernels sanitize barriers mutants install-check cuda-check clean
+.PHONY: demo test bench bench-layer router-bench lint kernels sanitize barriers mutants install-check cuda-check clean
 
 demo: $(VENV)/built
 	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
@@ -21,6 +21,9 @@ test: $(VENV)/built $(VENV)/kernels lint
 
 bench: $(VENV)/built
 	PYTHONPATH=. $(RUN) benchmarks/peers $(ARGS)
+
+bench-layer: $(VENV)/built
+	PYTHONPATH=. $(RUN) benchmarks/layer $(ARGS)
 
 # Times every kernel, without torch, and the machine's bandwidth. Needs Google Benchmark (Debian: libbenchmark-dev).
 router-bench: $(VENV)/kernels

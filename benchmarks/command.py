@@ -82,7 +82,7 @@ def machine(threads: int) -> dict[str, str]:
 
 
 def write(options: argparse.Namespace, facts: dict[str, str], cells: Sequence[dict], table: str) -> None:
-    """Writes the files that the options ask for: every sample as JSON, and the table in Markdown."""
+    """Writes the files that the options ask for: the facts and every sample as JSON, and the table in Markdown."""
     if options.markdown:
         options.markdown.write_text(table)
     if options.json:

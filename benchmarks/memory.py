@@ -23,3 +23,9 @@ def memory_changes(call: Callable[[], object]) -> list[int]:
 def peak_bytes(call: Callable[[], object]) -> int:
     """Returns the largest number of bytes that ``call`` held at once above what was allocated before it."""
     return max(itertools.accumulate(memory_changes(call), initial=0))
+
+
+def held_bytes(call: Callable[[], object]) -> int:
+    """Returns the number of bytes that the result of ``call`` keeps allocated."""
+    results = []
+    return sum(memory_changes(lambda: results.append(call())))

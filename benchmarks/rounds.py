@@ -1,4 +1,4 @@
-"""Interleaved rounds: the samples of several calls under the same conditions, and the peak memory of each."""
+"""Interleaved rounds: the samples of several calls under the same conditions; or their memory."""
 
 import gc
 import resource
@@ -8,7 +8,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from memory import peak_bytes
 from torch import Tensor
 
 FAILS, TOO_LARGE, DIFFERS = "fails", "too large", "differs"
@@ -54,9 +53,13 @@ def interleave(steps: Mapping[str, Step], rounds: int) -> dict[str, Figure]:
 
 
 def measure(
-    makers: Mapping[str, Callable[[], Step | None]], rounds: int, seconds: float, *, memory: bool = False
+    makers: Mapping[str, Callable[[], Step | None]],
+    rounds: int,
+    seconds: float,
+    *,
+    memory: Callable[[Step], int] | None = None,
 ) -> dict[str, Figure]:
-    """Returns the figures of the steps that ``makers`` make, by name: milliseconds, or with ``memory`` the peak in MiB.
+    """Returns the figures of the steps that ``makers`` make, by name: milliseconds, or with ``memory`` what it gives, in MiB.
 
     An error is recorded as a figure; a maker that returns None has no figure. A call that takes longer than ``seconds`` is
     not repeated.
@@ -69,7 +72,7 @@ def measure(
                 continue
             milliseconds, faults = sample(step)
             if memory:
-                figures[name] = Figure([peak_mebibytes(step)])
+                figures[name] = Figure([memory(partial(one_seed, step)) / 2**20])
             elif milliseconds > 1e3 * seconds:
                 figures[name] = Figure([milliseconds], [faults])
             else:
@@ -77,11 +80,6 @@ def measure(
         except Exception as error:
             figures[name] = failed(error)
     return figures | interleave(steps, rounds)
-
-
-def peak_mebibytes(step: Step) -> float:
-    """Returns the most memory that a call holds in addition to what was allocated before it."""
-    return peak_bytes(partial(one_seed, step)) / 2**20
 
 
 def one_seed(step: Step) -> Sequence[Tensor]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from memory import peak_bytes
 from rounds import DIFFERS, TOO_LARGE, Figure, Step, failed, measure, one_seed
 from shapes import Shape
 from torch import Tensor
@@ -44,7 +45,7 @@ def with_backward(contender: Contender, forward: Step) -> Step:
 def measure_metric(metric: str, contenders: Sequence[Contender], rounds: int, seconds: float) -> dict[str, Figure]:
     """Returns the cells of a column by name; contenders without the metric have none."""
     makers = {contender.name: partial(step_of, contender, metric) for contender in contenders}
-    return measure(makers, rounds, seconds, memory=metric == MEMORY)
+    return measure(makers, rounds, seconds, memory=peak_bytes if metric == MEMORY else None)
 
 
 def cells(shape: Shape, dtype: str, metric: str, figures: dict[str, Figure]) -> list[dict]:

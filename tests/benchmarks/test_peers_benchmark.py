@@ -5,6 +5,7 @@ import json
 import pytest
 import rounds
 import torch
+from memory import peak_bytes
 from peers import harness
 from peers.contenders import Contender, Ours, Problem, compiled
 from peers.dense_peers import StMoe, Zeta
@@ -169,7 +170,7 @@ def test_too_large_dense_tensors_are_not_made(bench):
 def test_estimate_of_dense_memory(peer):
     load(peer)
     problem = Problem.make(Shape(1, 512, 8, 8, 2), torch.float32)
-    held = rounds.peak_mebibytes(harness.step_of(peer(problem), harness.FULL)) * 2**20
+    held = peak_bytes(harness.step_of(peer(problem), harness.FULL))
     assert 0.5 * peer.dense_tensors < held / problem.dense_bytes < 1.1 * peer.dense_tensors
 
 

@@ -1,0 +1,1 @@
+"""Whole Mixture-of-Experts layers side by side."""
