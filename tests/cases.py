@@ -22,6 +22,8 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 # Options of `assign_case` and `assignment`: the capacity that a test names, or no capacity and an alignment.
 LAYOUTS = {"capacity": {}, **{f"dropless {align}": {"capacity": None, "align": align} for align in (1, 8)}}
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+# Each layout once, for tests that take long.
+two_layouts = pytest.mark.parametrize("layout", [LAYOUTS["capacity"], LAYOUTS["dropless 8"]], ids=["capacity", "dropless 8"])
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 EPS = 1e-9
 

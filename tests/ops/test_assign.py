@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import INT_MAX, INT_MIN, AssignCase, AssignResult, assign_case, check_assignment, check_dropless, layouts
+from cases import (
+    INT_MAX,
+    INT_MIN,
+    AssignCase,
+    AssignResult,
+    assign_case,
+    check_assignment,
+    check_dropless,
+    layouts,
+    two_layouts,
+)
 from compare import assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating.ops import POLICIES
@@ -278,7 +288,7 @@ def test_gradcheck(entry_point, device, policy, layout):
 @policies
 @compute_types
 @pytest.mark.parametrize("mask", [False, True])
-@layouts
+@two_layouts
 def test_opcheck(device, policy, dtype, mask, layout):
     case = assign_case((2, 6), 4, 3, **{"capacity": 2, **layout}, policy=policy, dtype=dtype, mask=mask)
     weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
@@ -286,7 +296,7 @@ def test_opcheck(device, policy, dtype, mask, layout):
 
 
 @pytest.mark.parametrize("lead", [(1, 40001), (7, 6000), (900, 50)])
-@layouts
+@two_layouts
 def test_same_for_any_schedule(backend, lead, layout):
     case = assign_case(lead, 16, 3, **{"capacity": max(4, lead[-1] // 8), **layout}, policy="random", mask=True)
     grad = torch.randn_like(case.weight)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Assignment, assignment, dtypes, honest, layouts, tampered
+from cases import Assignment, assignment, dtypes, honest, layouts, tampered, two_layouts
 from compare import assert_near, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating import reference
@@ -143,7 +143,7 @@ def test_gradcheck(entry_point, device, layout):
 
 
 @dtypes
-@layouts
+@two_layouts
 @pytest.mark.parametrize("wanted", ["both", "y", "weight"])
 def test_opcheck(device, dtype, wanted, layout):
     a = assignment((2, 6), 4, 2, **{"capacity": 3, **layout}, dtype=dtype)
@@ -153,7 +153,7 @@ def test_opcheck(device, dtype, wanted, layout):
 
 
 @pytest.mark.parametrize(("lead", "dim"), [((1, 3000), 65), ((100, 30), 33), ((1, 50), 4099)])
-@layouts
+@two_layouts
 def test_same_for_any_schedule(backend, lead, dim, layout):
     a = assignment(lead, 9, 3, **{"capacity": max(4, lead[-1] // 7), **layout})
     y, grad_out = rows(a, dim)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import INT_MAX, Assignment, assignment, dtypes, honest, layouts, tampered
+from cases import INT_MAX, Assignment, assignment, dtypes, honest, layouts, tampered, two_layouts
 from compare import assert_near, assert_same_bits, assert_same_for_any_schedule, spread
 
 from topn_gating import reference
@@ -182,7 +182,7 @@ def test_weight_alone_wants_a_gradient(entry_point, device, layout):
 @pytest.mark.parametrize(
     ("wanted", "straight_through"), [("both", True), ("both", False), ("x", True), ("x", False), ("weight", True)]
 )
-@layouts
+@two_layouts
 def test_opcheck(device, dtype, wanted, straight_through, layout):
     a = assignment((2, 6), 4, 2, **{"capacity": 3, **layout}, dtype=dtype)
     x = rows(a, 5, dtype)[0].to(device).requires_grad_(wanted != "weight")
@@ -192,7 +192,7 @@ def test_opcheck(device, dtype, wanted, straight_through, layout):
 
 
 @pytest.mark.parametrize(("lead", "dim"), [((1, 3000), 65), ((100, 30), 33), ((1, 50), 4099)])
-@layouts
+@two_layouts
 def test_same_for_any_schedule(backend, lead, dim, layout):
     a = assignment(lead, 9, 3, **{"capacity": max(4, lead[-1] // 7), **layout})
     x, grad_y = rows(a, dim)

