@@ -11,10 +11,9 @@ from typing import Protocol, TypeVar
 
 import torch
 from rich.console import Console
+from rounds import KEEP
 
 import topn_gating
-
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # never mmap a block, never shrink the heap
 
 
 class Peer(Protocol):

@@ -1,6 +1,8 @@
 """Interleaved rounds: the samples of several calls under the same conditions; or their memory."""
 
+import ctypes
 import gc
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,8 @@ FAILS, TOO_LARGE, DIFFERS = "fails", "too large", "differs"
 
 WARM_UP = (1, 2)  # calls of each warm-up; after the second draw of random numbers some code is compiled again
 ROUND_SECONDS = 0.05  # least time of a contender in a round
+
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # never mmap a block, never shrink the heap
 
 Step = Callable[[], Sequence[Tensor]]
 
@@ -46,10 +50,28 @@ def interleave(steps: Mapping[str, Step], rounds: int) -> dict[str, Figure]:
     figures = {name: Figure([], []) for name in steps}
     for i in range(rounds):
         for name in list(steps)[:: 1 if i % 2 else -1]:
+            if not memory_is_kept():
+                forget_others_memory(steps[name])
             milliseconds, faults = sample(steps[name], calls[name])
             figures[name].values.append(milliseconds)
             figures[name].faults.append(faults)
     return figures
+
+
+def memory_is_kept() -> bool:
+    """Returns whether glibc keeps freed memory, which then serves all contenders alike."""
+    return all(os.environ.get(name) == value for name, value in KEEP.items())
+
+
+def forget_others_memory(step: Step) -> None:
+    """Returns freed memory to the system and calls the step once, so that it then finds only what it freed itself.
+
+    Its page faults are then those of a process that does nothing else.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    step()
 
 
 def measure(

@@ -19,9 +19,10 @@ other contender are compared with those of transformers' block, or with what its
 Megatron-core's grouped experts need a GPU (grouped_gemm or Transformer Engine), and its layer moves its router to one; so its
 SequentialMLP is run, between its router functions, permute and unpermute.
 
-New memory from the operating system costs page faults; ``--malloc keep`` (the default) makes glibc keep freed memory, for all
-contenders; ``--malloc default`` keeps glibc's defaults. glibc reads the setting when a process starts, so the benchmark
-restarts itself.
+New memory from the operating system costs page faults, which on many machines take longer than the arithmetic. ``--malloc
+keep`` (the default) makes glibc keep freed memory, for all contenders, as an allocator for training would; ``--malloc default``
+keeps glibc's defaults, and each contender finds only the memory that it freed itself. glibc reads the setting when a process
+starts, so the benchmark restarts itself.
 """
 
 import argparse

@@ -180,6 +180,16 @@ def test_slow_calls_are_not_repeated(bench):
         assert {len(c["values"]) for c in cells} == {samples}
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_each_contender_has_its_own_freed_memory_unless_memory_is_kept(kept, monkeypatch):
+    for name, value in rounds.KEEP.items():
+        monkeypatch.setenv(name, value) if kept else monkeypatch.delenv(name, raising=False)
+    calls = []
+    rounds.interleave({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    warm_up = [*"aaa", *"bbb"]
+    assert calls == warm_up + ([*"baab"] if kept else [*"bbaaaabb"])
+
+
 def test_growth(bench, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "growth.png"
