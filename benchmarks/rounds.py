@@ -64,9 +64,9 @@ def memory_is_kept() -> bool:
 
 
 def forget_others_memory(step: Step) -> None:
-    """Returns freed memory to the system and calls the step once, so that it then finds only what it freed itself.
+    """Returns freed memory to the system and calls the step once, so that it then finds the pages that it freed itself.
 
-    Its page faults are then those of a process that does nothing else.
+    It still finds the address space that others freed, so that it may have fewer page faults than in a process of its own.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

@@ -21,8 +21,8 @@ SequentialMLP is run, between its router functions, permute and unpermute.
 
 New memory from the operating system costs page faults, which on many machines take longer than the arithmetic. ``--malloc
 keep`` (the default) makes glibc keep freed memory, for all contenders, as an allocator for training would; ``--malloc default``
-keeps glibc's defaults, and each contender finds only the memory that it freed itself. glibc reads the setting when a process
-starts, so the benchmark restarts itself.
+keeps glibc's defaults, and returns what the others freed to the system before each contender's turn. glibc reads the setting
+when a process starts, so the benchmark restarts itself.
 """
 
 import argparse
