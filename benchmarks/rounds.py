@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,6 +113,26 @@ def one_seed(step: Step) -> Sequence[Tensor]:
 def failed(error: Exception) -> Figure:
     """Returns the cell of a contender that raised an error."""
     return Figure(word=FAILS, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+
+
+def admit(kinds: Sequence[type], problem: Any, difference: Callable[[Any], str | None]) -> tuple[list[Any], dict[str, Figure]]:
+    """Returns a contender of each kind for the problem, and the cells of those that fail or compute something else.
+
+    ``difference`` says how a contender's results differ from what they should be, None if they do not.
+    """
+    admitted, words = [], {}
+    for kind in kinds:
+        try:
+            contender = kind(problem)
+            why = difference(contender)
+        except Exception as error:
+            words[kind.name] = failed(error)
+            continue
+        if why:
+            words[kind.name] = Figure(word=DIFFERS, reason=why)
+        else:
+            admitted.append(contender)
+    return admitted, words
 
 
 def fresh() -> None:

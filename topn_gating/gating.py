@@ -154,8 +154,10 @@ class TopNGating(nn.Module):
             f"policy=({self.policy_train}, {self.policy_eval})"
         )
 
-    def capacity(self, tokens: int) -> int:
-        """Slots an expert has for a group of ``tokens``, in the module's present mode; unless dropless."""
+    def capacity(self, tokens: int) -> int | None:
+        """Slots an expert has for a group of ``tokens``, in the module's present mode; None when dropless."""
+        if self.dropless:
+            return None
         factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
         return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
@@ -200,7 +202,7 @@ class TopNGating(nn.Module):
         return route(
             self.logits(x),
             self.top_n,
-            capacity=None if self.dropless else self.capacity(x.shape[-2]),
+            capacity=self.capacity(x.shape[-2]),
             dropless=self.dropless,
             align=self.align,
             policy=self.policy_train if self.training else self.policy_eval,

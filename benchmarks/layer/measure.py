@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from memory import held_bytes, peak_bytes
 from rich.progress import track
-from rounds import DIFFERS, TOO_LARGE, Figure, Step, failed, fresh, measure
+from rounds import TOO_LARGE, Figure, Step, admit, failed, fresh, measure
 
 from .contenders import Contender, Layer
 from .floor import Floor
@@ -35,7 +35,7 @@ def measure_section(section: Section, kinds: Sequence[type[Contender]], options:
     """Returns the cells of a section, a dict each."""
     fresh()
     layer = Layer(section.model, section.load, getattr(torch, section.dtype), options.tokens)
-    admitted, words = admit(kinds, layer)
+    admitted, words = admit([kind for kind in kinds if kind.takes(layer.model)], layer, lambda c: c.difference())
     cells = []
     metrics = [
         metric for case in options.cases for metric in ([f"{case} {n}" for n in options.decode] if case == DECODE else [case])
@@ -48,25 +48,6 @@ def measure_section(section: Section, kinds: Sequence[type[Contender]], options:
             for name, figure in figures.items()
         ]
     return cells
-
-
-def admit(kinds: Sequence[type[Contender]], layer: Layer) -> tuple[list[Contender], dict[str, Figure]]:
-    """Returns the contenders to measure on the layer, and the cells of those that fail or compute something else."""
-    admitted, words = [], {}
-    for kind in kinds:
-        if not kind.takes(layer.model):
-            continue
-        try:
-            contender = kind(layer)
-            why = contender.difference()
-        except Exception as error:
-            words[kind.name] = failed(error)
-            continue
-        if why:
-            words[kind.name] = Figure(word=DIFFERS, reason=why)
-        else:
-            admitted.append(contender)
-    return admitted, words
 
 
 def measure_metric(metric: str, contenders: Sequence[Contender], options: argparse.Namespace) -> dict[str, Figure]:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 
+import rounds
 import torch
 from memory import peak_bytes
-from rounds import DIFFERS, TOO_LARGE, Figure, Step, failed, measure, one_seed
+from rounds import TOO_LARGE, Figure, Step, measure, one_seed
 from shapes import Shape
 from torch import Tensor
 
@@ -61,23 +62,15 @@ def admit(kinds: Sequence[type[Contender]], problem: Problem, limit: float) -> t
 
     ``limit`` bounds the bytes of a contender's dense tensors.
     """
-    admitted, words = [], {}
+    words, small = {}, []
     for kind in kinds:
         size = kind.dense_tensors * problem.dense_bytes * (1 if kind.same else problem.shape.b)
         if size > limit:
             words[kind.name] = Figure(word=TOO_LARGE, reason=f"about {size / 2**30:.0f} GiB of dense tensors")
-            continue
-        try:
-            contender = kind(problem)
-            why = None if kind.full is None else difference(contender)
-        except Exception as error:
-            words[kind.name] = failed(error)
-            continue
-        if why:
-            words[kind.name] = Figure(word=DIFFERS, reason=why)
         else:
-            admitted.append(contender)
-    return admitted, words
+            small.append(kind)
+    admitted, others = rounds.admit(small, problem, lambda c: None if c.full is None else difference(c))
+    return admitted, words | others
 
 
 def difference(contender: Contender) -> str | None:

@@ -21,17 +21,7 @@ from layer.ours import Capacity, CapacityForAll, Ours, OursInTransformers
 METRICS = [TRAINING, PREFILL, "decode 5", "decode 1", PEAK, SAVED, LEFT_OUT]
 TOKENS = 40
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """Sets the environment that the tool sets when it restarts itself."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
-    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restarted")
 
 
 @pytest.fixture

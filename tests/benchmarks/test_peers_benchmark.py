@@ -21,16 +21,7 @@ from peers import run as peers_run
 FLAT = [DeepSpeedSparse, DeepSpeedDense, Megatron]
 SHAPES = ["1,60,16,4,2", "2,40,16,8,3"]
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """Sets the environment that the tool sets when it restarts itself."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
-    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restarted")
 
 
 @pytest.fixture

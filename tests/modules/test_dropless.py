@@ -60,6 +60,11 @@ def test_route_equals_the_reference(policy, align, lead):
     assert routing.drop_fraction == 0
 
 
+def test_a_dropless_gate_has_no_capacity():
+    assert TopNGating(4, 3, dropless=True).capacity(5) is None
+    assert TopNGating(4, 3).capacity(5) == 4
+
+
 def test_nothing_is_dropped():
     routing = route(torch.randn(2, 40, 6) + 5 * torch.eye(6)[0], 2, dropless=True)
     assert (routing.slot >= 0).all()
