@@ -89,11 +89,11 @@ endif
 clean:
 	rm -rf $(VENV) build topn_gating/*.so
 
-# zetascale is installed without its many dependencies: the tests load one file of it, which needs only those of st-moe-pytorch.
+# Peers of the tests whose routers need few of their many dependencies, which requirements-dev.txt has.
 $(VENV)/installed: requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -r requirements-dev.txt
-	$(PIP) install --no-deps zetascale==2.8.8
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation zetascale==2.8.8 megatron-core==0.16.1 deepspeed==0.19.8
 	touch $@
 
 $(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc simt tests/kernels -type f) \
