@@ -9,7 +9,7 @@ from torch import Tensor
 
 import topn_gating
 from topn_gating import reference
-from topn_gating.ops import POLICIES
+from topn_gating.ops import POLICIES, GateOptions
 
 EPS, THRESHOLD, POLICY, CAPACITY_FACTOR = 1e-9, 0.2, "random", 1.25  # the module's defaults
 SECTOR = 32  # bytes that a GPU reads at least, however few of them are asked for
@@ -39,8 +39,8 @@ class Traffic(NamedTuple):
 
 
 TRAFFIC = {
-    "gate": Traffic("logits weight expert importance top_count balance_loss router_z_loss"),
-    "gate_backward": Traffic("grad_weight grad_balance_loss grad_router_z_loss logits expert top_count grad_logits"),
+    "gate": Traffic("logits weight expert importance counts balance_loss router_z_loss"),
+    "gate_backward": Traffic("grad_weight grad_balance_loss grad_router_z_loss logits expert counts grad_logits"),
     "assign": Traffic("weight expert draws threshold kept slot source demand offsets"),
     "assign_backward": Traffic("grad_kept slot grad_weight"),
     "dense": Traffic("weight expert slot dispatch combine", pair_elements="source"),
@@ -98,7 +98,7 @@ class Problem:
         self.logits = self.normal(b, n, e)
         self.draws = torch.rand(b, n, k, device=device, dtype=self.compute_dtype)
         self.threshold = torch.full((k,), THRESHOLD, device=device, dtype=self.compute_dtype)
-        self.weight, self.expert, _, self.top_count, *_ = operator("gate")(**self.arguments("gate"))
+        self.weight, self.expert, _, self.counts, *_ = operator("gate")(**self.arguments("gate"))
         self.kept, self.slot, self.source, _, *offsets = operator("assign")(**self.arguments("assign"))
         self.offsets = offsets[0] if dropless else None
 
@@ -139,14 +139,14 @@ class Problem:
         return {argument.name: given.get(argument.name) for argument in operator(name)._schema.arguments}
 
     def _arguments(self, name: str) -> dict:
-        e, options = self.shape.e, {"eps": EPS, "noise_mult": 1.0, "soft": False}
+        e, options = self.shape.e, GateOptions(EPS)._asdict()
         optional = {"noise": None, "token_mask": None}
         if name == "gate":
-            return {"logits": self.logits, "top_n": self.shape.k, "losses": True, **optional, **options}
+            return {"logits": self.logits, "top_n": self.shape.k, "losses": True, "statistics": False, **optional, **options}
         if name == "gate_backward":
             one = torch.ones((), device=self.device, dtype=self.compute_dtype)
             grads = {"grad_weight": self.weight, "grad_importance": None, "grad_balance_loss": one, "grad_router_z_loss": one}
-            return {**grads, "logits": self.logits, "expert": self.expert, "top_count": self.top_count, **optional, **options}
+            return {**grads, "logits": self.logits, "expert": self.expert, "counts": self.counts, **optional, **options}
         if name == "assign":
             policy, draws, threshold = POLICY, self.draws, self.threshold
             if self.capacity is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import topn_gating
-from topn_gating.ops import Assign, Gate
+from topn_gating.ops import Assign, Gate, GateOptions
 
 SHAPE = Shape(1, 8, 16, 4, 2)
 TOKENS = (4, 16, 64, 1024)
@@ -40,13 +40,13 @@ def calls() -> Iterator[tuple[str, Forward, Sequence[Tensor]]]:
     routing = ours.module.route(x.detach())
     rows = topn_gating.dispatch(x.detach(), routing).requires_grad_()
     ops, threshold, draws = torch.ops.topn_gating, ours.module.threshold_train, torch.rand_like(routing.weight)
-    top = ops.gate(logits.detach(), None, None, SHAPE.k, EPS, 1.0, False, True)[:2]
+    top = ops.gate(logits.detach(), *(None,) * 4, SHAPE.k, *GateOptions(EPS), True, False)[:2]
     top[0].requires_grad_()
 
     yield "torch.softmax", lambda: (torch.softmax(logits, -1),), [logits]
     yield "torch.topk", lambda: torch.topk(logits, SHAPE.k), [logits]
     yield "F.linear", lambda: (F.linear(x, weight),), [x, weight]
-    yield "ops.gate", lambda: Gate.call(logits, None, None, SHAPE.k, EPS, 1.0, False, True), [logits]
+    yield "ops.gate", lambda: Gate.call(logits, *(None,) * 4, SHAPE.k, *GateOptions(EPS), True, False), [logits]
     yield (
         "ops.assign",
         lambda: Assign.call(*top, draws, threshold, None, SHAPE.e, ours.problem.capacity, 1, 0, EPS),

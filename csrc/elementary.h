@@ -1,4 +1,4 @@
-// Exponential and logarithm in float, for a scalar or a SIMD vector V. Every backend computes the same bits, except where its
+// Exponential, logarithms and square root in float, for a scalar or a SIMD vector V. Every backend computes the same bits, except where its
 // compiler contracts a product and a sum into one instruction.
 //
 // `Bits` has static functions that reinterpret and convert V: as_int(V) and as_float(I) keep the bits, to_float(I) the value,
@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "inline.h"
 
@@ -58,6 +59,37 @@ TOPN_INLINE V log_float(V u) {
   const V n = Bits::to_float(k);
   // log(1 + f) = f - (f²/2 - s (f²/2 + s² p)): this order of the terms keeps the result exact to an ulp near 1.
   return n * 0.693145752f + (f - (half_f2 - (s * (half_f2 + s2 * p) + n * 1.42860677e-6f)));
+}
+
+// Returns log(1 + t) for 0 <= t <= 1 or NaN, within 3 ulp however small t is: 2 atanh(t / (2 + t)) by its series to the 15th
+// order.
+template <class V>
+TOPN_INLINE V log1p_float(V t) {
+  const V s = t / (t + 2.0f);
+  const V s2 = s * s;
+  V p = V{} + 0.1333333333f;  // 2/15
+  p = p * s2 + 0.1538461538f;
+  p = p * s2 + 0.1818181818f;
+  p = p * s2 + 0.2222222222f;
+  p = p * s2 + 0.2857142857f;
+  p = p * s2 + 0.4f;
+  p = p * s2 + 0.6666666667f;
+  return s * 2.0f + s * (s2 * p);
+}
+
+// Returns the square root of x >= 0, infinity or NaN, within 2 ulp: Newton's iteration for 1 / sqrt(x) from an estimate by the
+// exponent's bits, then a step for the root itself.
+template <class Bits, class V>
+TOPN_INLINE V sqrt_float(V x) {
+  const auto small = x < 1e-30f;  // may be denormal: the estimate needs an exponent
+  const V scaled = small ? x * 1.8446744e19f : x;  // 2^64
+  V y = Bits::as_float(0x5f3759df - (Bits::as_int(scaled) >> 1));
+  const V half = scaled * 0.5f;
+  for (int i = 0; i < 3; ++i) y = y * (1.5f - half * y * y);
+  V root = scaled * y;
+  root = root + 0.5f * y * (scaled - root * root);
+  root = small ? root * 2.3283064e-10f : root;  // 2^-32
+  return x < std::numeric_limits<float>::infinity() ? root : x;
 }
 
 }  // namespace topn_gating

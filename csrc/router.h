@@ -35,10 +35,22 @@ struct RoutingSizes {
   int64_t top_n;    // k
 };
 
+// How gates are computed from scores.
+enum class Score { Softmax, Sigmoid, SqrtSoftplus };
+// The score of an expert group: the sum of the two largest selection scores of its experts, or the largest.
+enum class GroupScore { Top2, Max };
+
 struct GateOptions {
-  double eps;         // lower bound of the sum that divides a token's weights
-  double noise_mult;  // factor of the Gumbel noise
-  bool soft;          // whether weights come from the soft top-n, computed in double since it magnifies rounding errors tenfold
+  double eps;              // lower bound of sums that divide: of a token's weights, and of its gates where they are no softmax
+  double noise_mult;       // factor of the Gumbel noise
+  bool soft;               // whether weights come from the soft top-n, computed in double since it magnifies rounding errors tenfold
+  Score score;             // how gates are computed; the soft top-n takes Score::Softmax alone
+  int64_t expert_groups;   // number of equal groups that neighbouring experts form, at least 1
+  int64_t top_groups;      // number of expert groups that are open to a token
+  GroupScore group_score;  // what decides which expert groups are open
+  bool normalize;          // whether a token's weights are divided by their sum
+  double scale;            // factor of the weights
+  bool all_ranks;          // whether `counts` has the choices of all ranks; false: of rank 0
 };
 
 // What `gate` and its gradient have in common.
@@ -49,17 +61,25 @@ struct GateInputs : RoutingSizes, GateOptions {
   const bool* token_mask = nullptr;  // (g, n) true where the token is valid; null: all are
 };
 
-// docs/spec.md, steps 3 to 6 and 10: noise, softmax, stable top-n, weights, and both losses.
+// docs/spec.md, steps 3 to 6, 10 and 11: noise, gates, stable top-n, weights, both losses, and statistics of the logits.
 struct Gate : GateInputs {
-  bool losses = false;            // whether importance, top_count and both losses are wanted; if not, they are written as zeros
-  void* weight = nullptr;         // (g, n, k) weights of the chosen experts, of the compute type
-  int32_t* expert = nullptr;      // (g, n, k) indices of the chosen experts
-  void* importance = nullptr;     // (g, e) mean over valid tokens of the gates, of the compute type
-  int32_t* top_count = nullptr;   // (g, e) number of valid tokens whose first choice is this expert
-  void* balance_loss = nullptr;   // () of the compute type
-  void* router_z_loss = nullptr;  // () of the compute type
-  void* workspace = nullptr;      // workspace_bytes(*this) bytes, aligned to 16
+  const float* select_bias = nullptr;  // (e) added to the gates for the selection alone; null: 0
+  const int32_t* given = nullptr;      // (g, n, k) experts that take the place of the selection; null: none. Out of range: no expert
+  bool losses = false;                 // whether importance, counts and both losses are wanted; if not, they are written as zeros
+  void* weight = nullptr;              // (g, n, k) weights of the chosen experts, of the compute type; 0 where there is no expert
+  int32_t* expert = nullptr;           // (g, n, k) indices of the chosen experts; -1 where there is no expert
+  void* importance = nullptr;          // (g, e) mean over valid tokens of the gates, divided by their sum, of the compute type
+  int32_t* counts = nullptr;           // (g, e) number of the counted ranks of valid tokens that chose this expert
+  void* balance_loss = nullptr;        // () of the compute type
+  void* router_z_loss = nullptr;       // () of the compute type
+  void* statistics = nullptr;          // (3) of the compute type, over valid tokens: mean entropy of the gates, largest magnitude and
+                                       // root mean square of the logits; null: not wanted
+  void* workspace = nullptr;           // workspace_bytes(*this) bytes, aligned to 16
 };
+
+// Returns whether experts are selected by their gates, with a bias or by expert groups: otherwise by their scores, which rounding
+// does not make equal.
+constexpr bool selects_by_gates(const Gate& a) { return a.select_bias != nullptr || a.expert_groups > 1; }
 
 // Gradient of the loss with respect to the logits. A null gradient is zero.
 struct GateBackward : GateInputs {
@@ -67,8 +87,8 @@ struct GateBackward : GateInputs {
   const void* grad_importance = nullptr;     // (g, e) of the compute type, or null
   const void* grad_balance_loss = nullptr;   // () of the compute type, or null
   const void* grad_router_z_loss = nullptr;  // () of the compute type, or null
-  const int32_t* expert = nullptr;           // (g, n, k) as `gate` wrote it; an index out of range is read as 0
-  const int32_t* top_count = nullptr;        // (g, e) as `gate` wrote it
+  const int32_t* expert = nullptr;           // (g, n, k) as `gate` wrote it; out of range: no expert
+  const int32_t* counts = nullptr;           // (g, e) as `gate` wrote it
   void* grad_logits = nullptr;               // (g, n, e) of type dtype
   void* workspace = nullptr;                 // workspace_bytes(*this) bytes, aligned to 16
 };

@@ -15,7 +15,9 @@
 //   at(Row, j)      the value of expert j
 //   add(Row, j, x)  adds to the value of expert j
 //   exp(d, error)   exp(d + error): see exp_float in elementary.h
-//   log(u)          natural logarithm
+//   log(u)          natural logarithm of a normal number
+//   log1p(t)        log(1 + t), 0 <= t <= 1
+//   sqrt(x)         square root
 //   as_int(V)       the bits of V as a Key
 //
 // D stands for double or a vector of doubles.
@@ -26,6 +28,7 @@
 #include <limits>
 
 #include "elementary.h"
+#include "router.h"
 
 namespace topn_gating {
 
@@ -48,6 +51,13 @@ TOPN_INLINE typename RowLayout::Key score_key(typename RowLayout::V s) {
   return s == s ? ordered : Key{} + highest;
 }
 
+// Inverts score_key; 0 for both zeros, and a NaN for NaN.
+template <class RowLayout>
+TOPN_INLINE typename RowLayout::V score_of_key(typename RowLayout::Key key) {
+  using Int = typename RowLayout::Int;
+  return RowLayout::as_float(key ^ ((key >> (8 * sizeof(Int) - 1)) & std::numeric_limits<Int>::max()));
+}
+
 // Returns exp(s - max), corrected by what the subtraction rounds away (Knuth's two-sum).
 template <class RowLayout>
 TOPN_INLINE typename RowLayout::V exp_below(typename RowLayout::V s, typename RowLayout::PerToken max) {
@@ -62,10 +72,11 @@ TOPN_INLINE typename RowLayout::V exp_below(typename RowLayout::V s, typename Ro
 template <class PerToken>
 struct LogSumExp {
   PerToken max, sum;
+  PerToken moment{};  // sum of (score - maximum) exp(score - maximum), where it is asked for
 };
 
-// docs/spec.md, step 4: turns scores into gates, in place, and returns the logsumexp of the scores.
-template <class RowLayout, class Row>
+// docs/spec.md, step 4: turns scores into gates, in place, and returns the logsumexp of the scores, with its moment if `Moment`.
+template <bool Moment = false, class RowLayout, class Row>
 TOPN_INLINE LogSumExp<typename RowLayout::PerToken> softmax(const RowLayout& layout, Row&& s) {
   using V = typename RowLayout::V;
   using PerToken = typename RowLayout::PerToken;
@@ -73,18 +84,91 @@ TOPN_INLINE LogSumExp<typename RowLayout::PerToken> softmax(const RowLayout& lay
   TOPN_UNROLL_BY(RowLayout::unroll)
   for (int i = 1; i < layout.count; ++i) highest = s[i] > highest ? s[i] : highest;
   const PerToken max = layout.max(highest);
-  V total[RowLayout::accumulators] = {};
+  V total[RowLayout::accumulators] = {}, moment{};
   TOPN_UNROLL_BY(RowLayout::unroll)
   for (int i = 0; i < layout.count; ++i) {
+    const V below = s[i] - max;
     s[i] = exp_below<RowLayout>(s[i], max);
     total[i % RowLayout::accumulators] += s[i];
+    if constexpr (Moment) moment += s[i] * (below < -1e3f ? V{} - 1e3f : below);  // finite where the exponential is 0
   }
   for (int i = 1; i < RowLayout::accumulators; ++i) total[0] += total[i];
   const PerToken sum = layout.sum(total[0]);
   const PerToken scale = (PerToken{} + 1.0f) / sum;
   TOPN_UNROLL_BY(RowLayout::unroll)
   for (int i = 0; i < layout.count; ++i) s[i] *= scale;
-  return {max, sum};
+  return {max, sum, Moment ? layout.sum(moment) : PerToken{}};
+}
+
+// docs/spec.md, step 11: returns the entropy of a softmax, from the logsumexp of its scores and that one's logarithm, in double.
+template <class D>
+TOPN_INLINE D softmax_entropy(D log_sum, D sum, D moment) {
+  return log_sum - moment / sum;
+}
+
+// A gate that depends on its own score alone, and its derivative.
+template <class V>
+struct ScoreGate {
+  V value, slope;
+};
+
+// docs/spec.md, step 4: the gate of a score. Exponents are negative, so that nothing overflows and no small gate loses digits.
+template <Score score, class RowLayout, class V>
+TOPN_INLINE ScoreGate<V> score_gate(V s) {
+  const V t = RowLayout::exp(s < 0.0f ? s : -s, V{});
+  const V share = 1.0f / (1.0f + t);
+  const V sigmoid = s < 0.0f ? t * share : share;
+  if constexpr (score == Score::Sigmoid) return {sigmoid, t * share * share};
+  const V root = RowLayout::sqrt((s > 0.0f ? s : V{}) + RowLayout::log1p(t));
+  return {root, root == 0.0f ? V{} : 0.5f * sigmoid / root};
+}
+
+// Turns scores into gates other than a softmax, in place, and returns their sum. Writes each derivative by slope(i, value).
+template <Score score, class RowLayout, class Row, class Slope>
+TOPN_INLINE typename RowLayout::PerToken score_gates(const RowLayout& layout, Row&& s, const Slope& slope) {
+  using V = typename RowLayout::V;
+  V total{};
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) {
+    const ScoreGate<V> gate = score_gate<score, RowLayout>(s[i]);
+    slope(i, gate.slope);
+    s[i] = gate.value;
+    total += gate.value;
+  }
+  return layout.sum(total);
+}
+
+// Returns what divides such gates by their sum, for the losses and the entropy.
+template <class RowLayout>
+TOPN_INLINE typename RowLayout::PerToken gate_divisor(typename RowLayout::PerToken sum, double eps) {
+  const typename RowLayout::PerToken least = typename RowLayout::PerToken{} + typename RowLayout::Scalar(eps);
+  return sum < least ? least : sum;
+}
+
+// Turns the gradient of such gates p into that of the scores, in place, where `extra` is the gradient of p / gate_divisor.
+template <class RowLayout, class Row, class Extra>
+TOPN_INLINE void score_gates_backward(const RowLayout& layout, const Row& p, const Row& slope, typename RowLayout::PerToken sum,
+                                      double eps, const Extra& extra, Row& grad) {
+  using V = typename RowLayout::V;
+  using PerToken = typename RowLayout::PerToken;
+  V dot{};
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) dot += p[i] * extra(i);
+  const PerToken divisor = gate_divisor<RowLayout>(sum, eps), all = layout.sum(dot);
+  const PerToken mean = sum < divisor ? PerToken{} : all / divisor;
+  TOPN_UNROLL_BY(RowLayout::unroll)
+  for (int i = 0; i < layout.count; ++i) grad[i] = slope[i] * (grad[i] + (extra(i) - mean) / divisor);
+}
+
+// docs/spec.md, step 11: returns a gate's term of the entropy of such gates, which `score_entropy` sums up, in double.
+template <class RowLayout>
+TOPN_INLINE typename RowLayout::V entropy_term(typename RowLayout::V p) {
+  using V = typename RowLayout::V;
+  return p < 1e-37f ? V{} : p * RowLayout::log(p);
+}
+template <class D>
+TOPN_INLINE D score_entropy(D terms, D sum, D divisor, D log_divisor) {
+  return (log_divisor * sum - terms) / divisor;
 }
 
 // Turns the gradient of the gates p into that of the scores, in place: p_i (g_i - Σ_j p_j g_j), where g_i = grad[i] + extra(i).
@@ -102,12 +186,12 @@ TOPN_INLINE void softmax_backward(const RowLayout& layout, const Row& p, const E
   for (int i = 0; i < layout.count; ++i) grad[i] = p[i] * (grad[i] - mean);
 }
 
-// docs/spec.md, step 6: w_k = v_k / max(Σ v, eps) from the gates v_k of the chosen experts; top_n = 1 keeps v_0. Returns the
-// divisor.
+// docs/spec.md, step 6: w_k = scale v_k / max(Σ v, eps) from the gates v_k of the chosen experts, or scale v_k. Returns what
+// divides v_k.
 template <class D>
-TOPN_INLINE D weight_divisor(D sum, double eps) {
-  const D least = D{} + eps;
-  return sum < least ? least : sum;
+TOPN_INLINE D weight_divisor(D sum, const GateOptions& options) {
+  const D least = D{} + options.eps;
+  return (options.normalize ? (sum < least ? least : sum) : D{} + 1.0) / options.scale;
 }
 
 // The gradient of v_k as a function of that of w_k.
@@ -116,12 +200,11 @@ struct WeightGradient {
   D offset, divisor;
   TOPN_INLINE D operator()(D grad_w) const { return (grad_w - offset) / divisor; }
 };
-// Returns it for top_n > 1, where sum = Σ v and dot = Σ grad_w v.
+// Returns it, where sum = Σ v and dot = Σ grad_w v.
 template <class D>
-TOPN_INLINE WeightGradient<D> weight_gradient(D sum, D dot, double eps) {
-  const D least = D{} + eps;
-  const auto clamped = sum < least;
-  return {clamped ? D{} : dot / sum, clamped ? least : sum};
+TOPN_INLINE WeightGradient<D> weight_gradient(D sum, D dot, const GateOptions& options) {
+  const D least = D{} + options.eps;
+  return {options.normalize ? (sum < least ? D{} : dot / sum) : D{}, weight_divisor(sum, options)};
 }
 
 // The soft top-n of a token by coordinate descent (docs/spec.md, "Soft top-n"; arXiv 1502.04759), on q = exp(p / ε).
@@ -193,12 +276,21 @@ struct SoftTopN {
 // Returns a number of valid tokens to divide by: 1 where there are none.
 TOPN_INLINE double at_least_one(double count) { return count > 1.0 ? count : 1.0; }
 
-// Returns an expert's term of the balance loss from the group's sum of its gates. `share` is 1 / at_least_one(valid tokens).
-TOPN_INLINE double balance_term(double gate_sum, int32_t top_count, double share) {
-  return gate_sum * share * (top_count * share);
+// What the sums of a group are multiplied by.
+struct GroupShares {
+  double of_tokens;  // 1 / at_least_one(valid tokens)
+  double of_counts;  // 1 / at_least_one(sum of the group's counts)
+
+  TOPN_INLINE GroupShares(double valid_tokens, double counted)
+      : of_tokens(1.0 / at_least_one(valid_tokens)), of_counts(1.0 / at_least_one(counted)) {}
+};
+
+// Returns an expert's term of the balance loss from the group's sum of its gates.
+TOPN_INLINE double balance_term(double gate_sum, int32_t count, GroupShares shares) {
+  return gate_sum * shares.of_tokens * (count * shares.of_counts);
 }
 
-// Returns e² times the mean of all terms over groups and experts.
+// Returns e times the mean over groups of the sums of their terms.
 TOPN_INLINE double balance_loss(double terms, int64_t experts, int64_t groups) {
   return terms * double(experts) / at_least_one(double(groups));
 }
@@ -209,14 +301,19 @@ TOPN_INLINE double router_z_loss(double squares, double valid_tokens) { return s
 // The gradient that the two sums over tokens, importance and the balance loss, give to each gate of a group's valid tokens.
 struct ImportanceGradient {
   double balance;  // gradient of the sum of a group's terms of the balance loss
-  double share;    // 1 / at_least_one(valid tokens of the group)
+  GroupShares shares;
 
-  TOPN_INLINE ImportanceGradient(double grad_balance_loss, int64_t experts, int64_t groups, double valid_tokens)
-      : balance(grad_balance_loss * double(experts) / double(groups)), share(1.0 / at_least_one(valid_tokens)) {}
-  TOPN_INLINE double operator()(double grad_importance, int32_t top_count) const {
-    return (balance * (top_count * share) + grad_importance) * share;
+  TOPN_INLINE ImportanceGradient(double grad_balance_loss, int64_t experts, int64_t groups, GroupShares of_group)
+      : balance(grad_balance_loss * double(experts) / double(groups)), shares(of_group) {}
+  TOPN_INLINE double operator()(double grad_importance, int32_t count) const {
+    return (balance * (count * shares.of_counts) + grad_importance) * shares.of_tokens;
   }
 };
+
+// docs/spec.md, step 11: returns the root mean square of the logits of valid tokens.
+TOPN_INLINE double logit_rms(double squares, double valid_tokens, int64_t experts) {
+  return std::sqrt(squares / (at_least_one(valid_tokens) * double(experts)));
+}
 
 // Returns the factor of a token's logsumexp in the gradient of its scores that the z-loss gives, before the gates.
 TOPN_INLINE double z_loss_scale(double grad_router_z_loss, double valid_tokens) {

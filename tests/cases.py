@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topn_gating import Routing, reference
 from topn_gating.dtypes import compute_dtype
-from topn_gating.ops import POLICIES, dropless_rows
+from topn_gating.ops import GROUP_SCORES, POLICIES, SCORES, GateOptions, dropless_rows
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
@@ -76,9 +76,10 @@ class GateResult(NamedTuple):
     weight: Tensor
     expert: Tensor
     importance: Tensor
-    top_count: Tensor
+    counts: Tensor
     balance_loss: Tensor
     router_z_loss: Tensor
+    statistics: Tensor
 
     @property
     def floats(self) -> tuple[Tensor, ...]:
@@ -95,19 +96,46 @@ class GateCase:
     eps: float = EPS
     noise_mult: float = 1.0
     soft: bool = False
+    score: str = "softmax"
+    bias: Tensor | None = None
+    given: Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "top2"
+    normalize: bool | None = None
+    scale: float = 1.0
+    ranks: str = "first"
     losses: bool = True
+    statistics: bool = True
+
+    @property
+    def options(self) -> GateOptions:
+        return GateOptions(
+            self.eps,
+            self.noise_mult,
+            self.soft,
+            SCORES.index(self.score),
+            self.groups,
+            self.top_groups,
+            GROUP_SCORES.index(self.group_score),
+            self.top_n > 1 if self.normalize is None else self.normalize,
+            self.scale,
+            self.ranks == "all",
+        )
 
     @property
     def args(self) -> tuple:
-        return self.logits, self.noise, self.mask, self.top_n, self.eps, self.noise_mult, self.soft, self.losses
+        tensors = self.logits, self.noise, self.mask, self.bias, self.given
+        return *tensors, self.top_n, *self.options, self.losses, self.statistics
 
     def run(self, backend: Backend) -> GateResult:
         return GateResult(*backend("gate", *self.args))
 
-    def backward(self, backend: Backend, grads: tuple[Tensor | None, ...]) -> Tensor:
-        out = self.run(backend)
-        saved = self.logits, self.noise, self.mask, out.expert, out.top_count
-        return backend("gate_backward", *grads, *saved, self.eps, self.noise_mult, self.soft)
+    def backward(self, backend: Backend, grads: tuple[Tensor | None, ...], out: GateResult | None = None) -> Tensor:
+        """The gradient after the forward pass, or after one with other results."""
+        out = out or self.run(backend)
+        saved = self.logits, self.noise, self.mask, out.expert, out.counts
+        return backend("gate_backward", *grads, *saved, *self.options)
 
     def scores(self) -> Tensor:
         """The scores ``s`` of docs/spec.md, step 3, in float64."""
@@ -116,19 +144,26 @@ class GateCase:
 
     def oracle(self, logits: Tensor | None = None) -> GateResult:
         """The reference in float64."""
-        weight, expert, importance, balance_loss, z_loss = reference.gate(
-            self.logits.double() if logits is None else logits,
-            top_n=self.top_n,
-            eps=self.eps,
-            noise=None if self.noise is None else self.noise.double(),
-            noise_mult=self.noise_mult,
-            token_mask=self.mask,
-            differentiable_topk=self.soft,
+        return GateResult(
+            *reference.gate(
+                self.logits.double() if logits is None else logits,
+                top_n=self.top_n,
+                eps=self.eps,
+                noise=None if self.noise is None else self.noise.double(),
+                noise_mult=self.noise_mult,
+                token_mask=self.mask,
+                differentiable_topk=self.soft,
+                score=self.score,
+                select_bias=self.bias,
+                groups=self.groups,
+                top_groups=self.top_groups,
+                group_score=self.group_score,
+                normalize=self.normalize,
+                scale=self.scale,
+                expert=self.given,
+                balance_ranks=self.ranks,
+            )
         )
-        valid = torch.ones_like(expert[..., 0], dtype=torch.bool) if self.mask is None else self.mask
-        chosen = torch.arange(self.logits.shape[-1]) == expert[..., :1]
-        top_count = (chosen & valid.unsqueeze(-1)).sum(-2).int()
-        return GateResult(weight, expert, importance, top_count, balance_loss, z_loss)
 
     def oracle_gradient(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         """Autograd of the float64 reference."""

@@ -147,22 +147,22 @@ def route(
     elif draws is None:
         draws = _uniform((*lead, n, top_n), generator, dtype, device)
 
-    importance = None
     if logits is not None:
         fused = differentiable_topk and differentiable_topk_fused
-        weights, chosen, importance, _, balance_loss, router_z_loss = ops.Gate.call(
-            logits, noise, token_mask, top_n, eps, noise_mult, fused, losses
+        options = ops.GateOptions(eps, noise_mult, fused, normalize=top_n > 1)
+        weights, chosen, importance, counts, balance_loss, router_z_loss, _ = ops.Gate.call(
+            logits, noise, token_mask, None, None, top_n, *options, losses, False
         )
         if differentiable_topk and not fused:
             gates = reference.scores(logits, noise, noise_mult).softmax(-1)
-            weights = reference.topn_weight(gates, chosen, eps, soft=True)
+            weights = reference.topn_weight(gates, chosen, eps, normalize=top_n > 1, soft=True)
     else:
         balance_loss, router_z_loss = torch.zeros(2, dtype=dtype, device=device).unbind()
     kept, slot, source, demand, offsets = ops.Assign.call(
         weights, chosen, draws, least, token_mask, num_gates, capacity, align, ops.POLICIES.index(policy), eps
     )
-    if importance is not None and losses and balance_on == "kept" and not dropless:
-        balance_loss = _balance_on_kept(importance, source, top_n, n, token_mask)
+    if logits is not None and losses and balance_on == "kept" and not dropless:
+        balance_loss = _balance_on_kept(importance, source, top_n, counts)
     if straight_through is None:
         straight_through = logits is not None
     where = offsets if dropless else None
@@ -203,10 +203,9 @@ def _capacity(
     return expert_capacity(n, num_gates, factor, least)
 
 
-def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, n: int, token_mask: Tensor | None) -> Tensor:
+def _balance_on_kept(importance: Tensor, source: Tensor, top_n: int, counts: Tensor) -> Tensor:
     kept = ((source >= 0) & (source % top_n == 0)).sum(-1)  # rank-0 pairs that hold a slot of the expert
-    tokens = torch.sym_max(n, 1) if token_mask is None else token_mask.sum(-1, keepdim=True).clamp(min=1)
-    return reference.balance(importance, kept.to(importance.dtype) / tokens)
+    return reference.balance(importance, kept, counts.sum(-1, keepdim=True))
 
 
 def _uniform(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:

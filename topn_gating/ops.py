@@ -9,7 +9,7 @@ experts in the dropless layout, ``d`` features; ``…`` are the groups, any numb
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,12 @@ except ImportError as error:
 build_info = _C.build_info
 
 Policy = Literal["random", "threshold", "all", "none"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)  # in the order of the enum in csrc/router.h
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+GroupScore = Literal["top2", "max"]
+# In the order of the enums in csrc/router.h.
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+SCORES: tuple[Score, ...] = get_args(Score)
+GROUP_SCORES: tuple[GroupScore, ...] = get_args(GroupScore)
 INT_MAX = 2**31 - 1
 
 
@@ -94,15 +99,45 @@ def _expect_rows(name: str, t: Tensor, shape: Sequence[int]) -> None:
     expect_tensor(name, t, (*shape, t.shape[-1]), t.dtype)
 
 
+class GateOptions(NamedTuple):
+    """What ``gate`` and ``gate_backward`` have in common, in the schema's order (``csrc/router.h``, GateOptions)."""
+
+    eps: float
+    noise_mult: float = 1.0
+    soft: bool = False
+    score: int = SCORES.index("softmax")
+    expert_groups: int = 1
+    top_groups: int = 1
+    group_score: int = GROUP_SCORES.index("top2")
+    normalize: bool = True
+    scale: float = 1.0
+    all_ranks: bool = False
+
+
+def _expect_options(options: GateOptions, experts: int, top_n: int) -> None:
+    expect(0 <= options.score < len(SCORES), f"score must be from 0 to {len(SCORES) - 1}, got {options.score}")
+    expect(not options.soft or options.score == 0, "soft must be false unless score is 0, the softmax")
+    groups, open_groups = options.expert_groups, options.top_groups
+    message = f"expert_groups must divide the number of experts ({experts}), got {groups}"
+    expect(groups >= 1, message)
+    expect(experts % groups == 0, message)
+    expect(1 <= open_groups <= groups, f"top_groups must be from 1 to expert_groups ({groups}), got {open_groups}")
+    most = open_groups * (experts // groups)
+    expect(top_n <= most, f"top_n must be at most the number of experts of top_groups ({most}), got {top_n}")
+    in_range = 0 <= options.group_score < len(GROUP_SCORES)
+    expect(in_range, f"group_score must be from 0 to {len(GROUP_SCORES) - 1}, got {options.group_score}")
+
+
 @operator("gate")
 class Gate(Operator):
-    """``gate``: noise, softmax, stable top-n, weights, and the sums of the losses (docs/spec.md, steps 3 to 6 and 10)."""
+    """``gate``: noise, gates, stable top-n, weights, losses and statistics (docs/spec.md, steps 3 to 6, 10 and 11)."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, noise, token_mask, _top_n, *ctx.options, ctx.losses = inputs
-        _weight, expert, _importance, top_count, *_losses = output
-        ctx.save_for_backward(logits, noise, token_mask, expert, top_count)
+        logits, noise, token_mask, _select_bias, _given, _top_n, *ctx.options, ctx.losses, _statistics = inputs
+        _weight, expert, _importance, counts, _balance_loss, _router_z_loss, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(logits, noise, token_mask, expert, counts)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -111,9 +146,10 @@ class Gate(Operator):
         grad_weight: Tensor | None,
         _expert: None,
         grad_importance: Tensor | None,
-        _top_count: None,
+        _counts: None,
         grad_balance_loss: Tensor | None,
         grad_router_z_loss: Tensor | None,
+        _statistics: None,
     ) -> tuple[Tensor]:
         if not ctx.losses:  # constants
             grad_importance = grad_balance_loss = grad_router_z_loss = None
@@ -121,11 +157,23 @@ class Gate(Operator):
         return (Gate.run_backward(*grads, *ctx.saved_tensors, *ctx.options),)
 
     @staticmethod
-    def fake(logits: Tensor, noise: Tensor | None, token_mask: Tensor | None, top_n: int, *options: Any) -> tuple[Tensor, ...]:
+    def fake(
+        logits: Tensor,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        select_bias: Tensor | None,
+        given: Tensor | None,
+        top_n: int,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        *common, _losses, statistics = options
         *lead, n, e = _logits_shape(logits, top_n)
+        _expect_options(GateOptions(*common), e, top_n)
         dtype = compute_dtype(logits.dtype)
         expect_tensor("noise", noise, logits.shape, dtype)
         expect_tensor("token_mask", token_mask, logits.shape[:-1], torch.bool)
+        expect_tensor("select_bias", select_bias, (e,), torch.float32)
+        expect_tensor("given", given, (*lead, n, top_n), torch.int32)
         return (
             logits.new_empty((*lead, n, top_n), dtype=dtype),
             logits.new_empty((*lead, n, top_n), dtype=torch.int32),
@@ -133,6 +181,7 @@ class Gate(Operator):
             logits.new_empty((*lead, e), dtype=torch.int32),
             logits.new_empty((), dtype=dtype),
             logits.new_empty((), dtype=dtype),
+            logits.new_empty((3 if statistics else 0,), dtype=dtype),
         )
 
     @staticmethod
@@ -145,12 +194,13 @@ class Gate(Operator):
         noise: Tensor | None,
         token_mask: Tensor | None,
         expert: Tensor,
-        top_count: Tensor,
+        counts: Tensor,
         *options: Any,
     ) -> Tensor:
         expect(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)")
         top_n = expert.shape[-1]
         *lead, n, e = _logits_shape(logits, top_n)
+        _expect_options(GateOptions(*options), e, top_n)
         dtype = compute_dtype(logits.dtype)
         expect_tensor("grad_weight", grad_weight, (*lead, n, top_n), dtype)
         expect_tensor("grad_importance", grad_importance, (*lead, e), dtype)
@@ -159,7 +209,7 @@ class Gate(Operator):
         expect_tensor("noise", noise, logits.shape, dtype)
         expect_tensor("token_mask", token_mask, logits.shape[:-1], torch.bool)
         expect_tensor("expert", expert, (*lead, n, top_n), torch.int32)
-        expect_tensor("top_count", top_count, (*lead, e), torch.int32)
+        expect_tensor("counts", counts, (*lead, e), torch.int32)
         return logits.new_empty(logits.shape)
 
 

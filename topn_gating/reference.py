@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dtypes import compute_dtype
-from .ops import Policy, dropless_rows
+from .ops import GroupScore, Policy, Score, dropless_rows
 from .routing import Routing
 
+BalanceRanks = Literal["first", "all"]
 SOFT_EPS = 0.1
 SOFT_ITERATIONS = 20
 
@@ -47,11 +48,41 @@ def soft_topn(p: Tensor, top_n: int) -> Tensor:
     return ((p + a + b) / SOFT_EPS).exp()
 
 
-def topn_weight(p: Tensor, expert: Tensor, eps: float, *, soft: bool = False) -> Tensor:
-    """Weights ``(…, n, k)`` of the chosen experts, normalised over the ranks; raw for ``top_n = 1``."""
-    top_n = expert.shape[-1]
-    v = (soft_topn(p, top_n) if soft else p).gather(-1, expert.long())
-    return v if top_n == 1 else v / v.sum(-1, keepdim=True).clamp(min=eps)
+def gates(s: Tensor, score: Score = "softmax") -> Tensor:
+    """Gates ``(…, e)`` of scores: their softmax, or each one's sigmoid, or ``sqrt(softplus(s))``."""
+    if score == "softmax":
+        return s.softmax(-1)
+    if score == "sigmoid":
+        return s.sigmoid()
+    softplus = torch.logaddexp(s, torch.zeros_like(s))
+    zero = softplus == 0  # where the square root has no derivative
+    return torch.where(zero, 1, softplus).sqrt().where(~zero, 0)
+
+
+def closed_experts(q: Tensor, groups: int, top_groups: int, group_score: GroupScore = "top2") -> Tensor:
+    """Which experts are not among those of the ``top_groups`` best of ``groups`` equal groups, ``(…, e)``."""
+    of_group = q.unflatten(-1, (groups, -1))
+    best = of_group.topk(min(2 if group_score == "top2" else 1, of_group.shape[-1]), -1).values.sum(-1)
+    order = best.sort(dim=-1, descending=True, stable=True).indices
+    closed = torch.zeros_like(best, dtype=torch.bool).scatter(-1, order[..., top_groups:], True)
+    return closed.repeat_interleave(of_group.shape[-1], -1)
+
+
+def select(q: Tensor, closed: Tensor, top_n: int) -> Tensor:
+    """The experts ``(…, n, k)`` of largest selection scores ``q`` ``(…, n, e)`` that are not closed, the lower index first."""
+    order = q.sort(dim=-1, descending=True, stable=True).indices
+    open_first = closed.gather(-1, order).long().sort(dim=-1, stable=True).indices
+    return order.gather(-1, open_first)[..., :top_n]
+
+
+def topn_weight(
+    p: Tensor, expert: Tensor, eps: float, *, normalize: bool = True, scale: float = 1.0, soft: bool = False
+) -> Tensor:
+    """Weights ``(…, n, k)`` of the chosen experts, 0 where there is none (-1)."""
+    routed = expert >= 0
+    v = (soft_topn(p, expert.shape[-1]) if soft else p).gather(-1, expert.long().clamp(min=0)).where(routed, 0)
+    w = v / v.sum(-1, keepdim=True).clamp(min=eps) if normalize else v
+    return scale * w.where(routed, 0)
 
 
 def gate(
@@ -63,29 +94,64 @@ def gate(
     noise_mult: float = 1.0,
     token_mask: Tensor | None = None,
     differentiable_topk: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``weight, expert (…, n, k), importance (…, e), balance_loss (), router_z_loss ()`` of logits ``(…, n, e)``."""
+    score: Score = "softmax",
+    select_bias: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_score: GroupScore = "top2",
+    normalize: bool | None = None,
+    scale: float = 1.0,
+    expert: Tensor | None = None,
+    balance_ranks: BalanceRanks = "first",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From logits ``(…, n, e)``, in this order:
+
+    ``weight, expert (…, n, k), importance, counts (…, e), balance_loss, router_z_loss (), statistics (3,)``, where the last are
+    the entropy, and the largest magnitude and the root mean square of the logits.
+    """
     z, s = scores(logits), scores(logits, noise, noise_mult)
-    p = s.softmax(-1)
-    expert = s.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_n]
-    weight = topn_weight(p, expert, eps, soft=differentiable_topk)
+    num_gates, p = z.shape[-1], gates(s, score)
+    if expert is not None:
+        expert = expert.where((expert >= 0) & (expert < num_gates), -1)
+    elif select_bias is None and groups == 1:
+        expert = select(s.detach(), torch.zeros_like(s, dtype=torch.bool), top_n)
+    else:
+        q = p.detach() if select_bias is None else p.detach() + select_bias.detach()
+        expert = select(q, closed_experts(q, groups, top_groups, group_score), top_n)
+    normalize = top_n > 1 if normalize is None else normalize
+    weight = topn_weight(p, expert, eps, normalize=normalize, scale=scale, soft=differentiable_topk)
 
     valid = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if token_mask is None else token_mask
-    importance = mean_over_valid(p, valid)
-    density = mean_over_valid(F.one_hot(expert[..., 0], z.shape[-1]).to(p.dtype), valid)
-    z_loss = torch.where(valid, z.logsumexp(-1).square(), 0).sum() / valid.sum().clamp(min=1)
-    return weight, expert.int(), importance, balance(importance, density), z_loss
+    share = p if score == "softmax" else p / p.sum(-1, keepdim=True).clamp(min=eps)
+    importance = torch.where(valid.unsqueeze(-1), share, 0).sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
+    counts = count(expert, num_gates, valid.unsqueeze(-1), balance_ranks)
+
+    def mean(t: Tensor) -> Tensor:
+        return torch.where(valid, t, 0).sum() / valid.sum().clamp(min=1)
+
+    with torch.no_grad():
+        largest = torch.where(valid.unsqueeze(-1), z, 0).abs().flatten()
+        logit_max = largest.amax() if largest.numel() else largest.sum()
+        statistics = torch.stack([mean(torch.special.entr(share).sum(-1)), logit_max, mean(z.square().mean(-1)).sqrt()])
+    z_loss = mean(z.logsumexp(-1).square())
+    return weight, expert.int(), importance, counts, balance(importance, counts), z_loss, statistics
 
 
-def mean_over_valid(t: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``t`` ``(…, n, e)`` over the tokens that are valid, 0 where a group has none."""
-    total = torch.where(valid.unsqueeze(-1), t, 0).sum(-2)
-    return total / valid.sum(-1, keepdim=True).clamp(min=1)
+def count(expert: Tensor, num_gates: int, counted: Tensor, balance_ranks: BalanceRanks = "first") -> Tensor:
+    """How many of the ``counted`` pairs ``(…, n, k)``, of the first rank or of all, chose each expert: ``(…, e)`` int32."""
+    ranks = expert.shape[-1] if balance_ranks == "all" else 1
+    chosen = expert[..., :ranks].long()
+    pairs = (chosen >= 0) & counted[..., :ranks]
+    return (F.one_hot(chosen.clamp(min=0), num_gates) * pairs.unsqueeze(-1)).sum((-3, -2)).int()
 
 
-def balance(importance: Tensor, density: Tensor) -> Tensor:
-    """Load-balancing loss ``e² · mean(importance · density)`` of two ``(…, e)``; 0 where there are no groups."""
-    product = importance * density
+def balance(importance: Tensor, counts: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Load-balancing loss ``e · mean over groups of Σ importance · counts / counted``; 0 where there are no groups.
+
+    Both are ``(…, e)``; ``counted``, ``(…, 1)``, is by default the sum of a group's counts.
+    """
+    counted = counts.sum(-1, keepdim=True) if counted is None else counted
+    product = importance * (counts / counted.clamp(min=1).to(importance.dtype))
     return product.sum() * (product.shape[-1] ** 2 / max(product.numel(), 1))
 
 
@@ -176,7 +242,7 @@ def route(
 ) -> Routing:
     """All steps from logits ``(…, n, e)`` to a :class:`topn_gating.Routing`, in train mode."""
     num_gates = logits.shape[-1]
-    weight, expert, importance, balance_loss, z_loss = gate(
+    weight, expert, importance, counts, balance_loss, z_loss, _ = gate(
         logits,
         top_n=top_n,
         eps=eps,
@@ -198,9 +264,7 @@ def route(
         token_mask=token_mask,
     )
     if balance_on == "kept":
-        valid = torch.ones_like(slot[..., 0], dtype=torch.bool) if token_mask is None else token_mask
-        held = F.one_hot(expert[..., 0].long(), num_gates) * (slot[..., :1] >= 0)
-        balance_loss = balance(importance, mean_over_valid(held.to(importance.dtype), valid))
+        balance_loss = balance(importance, count(expert, num_gates, slot >= 0), counts.sum(-1, keepdim=True))
     where = None if capacity is not None else offsets
     return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through, where)
 

@@ -152,6 +152,20 @@ struct VectorLayout {
       return log_lanes(u);
     }
   }
+  static TOPN_INLINE V log1p(V t) {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      return log1p_float(t);
+    } else {
+      return map_lanes(t, [](double x) { return std::log1p(x); });
+    }
+  }
+  static TOPN_INLINE V sqrt(V x) {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      return sqrt_float<VectorLayout>(x);
+    } else {
+      return map_lanes(x, [](double y) { return std::sqrt(y); });
+    }
+  }
 
  private:
   static V exp_lanes(V d) {

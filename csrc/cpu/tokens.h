@@ -30,15 +30,16 @@ struct Tokens {
   using Key = typename RowLayout::Key;
 
   const GateInputs& a;
+  const bool keeps_logits;  // whether `logits` has them: where there is noise, and where they are wanted beside the scores
   RowLayout layout;
   Scratch<V> scores;  // (e)
-  Scratch<V> logits;  // (e) where noise makes them differ from the scores
+  Scratch<V> logits;  // (e)
   int64_t first = 0;  // index over all groups of the token in lane 0
   int count = 0;
 
-  explicit Tokens(const GateInputs& inputs)
-      : a(inputs), layout(a.experts), scores(a.experts + RowLayout::tokens),
-        logits(a.noise == nullptr ? 0 : a.experts + RowLayout::tokens) {}
+  Tokens(const GateInputs& inputs, bool wants_logits)
+      : a(inputs), keeps_logits(wants_logits || a.noise != nullptr), layout(a.experts), scores(a.experts + RowLayout::tokens),
+        logits(keeps_logits ? a.experts + RowLayout::tokens : 0) {}
 
   // Moves on to the tokens from `token` on, before `last`.
   void move_to(int64_t token, int64_t last) {
@@ -48,8 +49,12 @@ struct Tokens {
 
   // docs/spec.md, step 3.
   void read_scores() {
-    read<T>(a.logits, a.noise == nullptr ? scores : logits);
-    if (a.noise == nullptr) return;
+    read<T>(a.logits, keeps_logits ? logits : scores);
+    if (!keeps_logits) return;
+    if (a.noise == nullptr) {
+      std::memcpy(static_cast<V*>(scores), static_cast<V*>(logits), layout.count * sizeof(V));
+      return;
+    }
     read<ComputeType<T>>(a.noise, scores);
     for (int i = 0; i < layout.count; ++i) scores[i] = logits[i] + Scalar(a.noise_mult) * gumbel<RowLayout>(scores[i]);
   }
@@ -69,6 +74,21 @@ struct Tokens {
     load_columns<Scalar>(elements + first * a.experts, count, layout.experts, end, columns);
   }
 };
+
+// Turns the scores of a token in each lane into gates other than a softmax, in place, and returns their sums.
+template <class Scalar, class Slope>
+TOPN_INLINE Vector<Scalar> score_gates_of(Score score, const VectorLayout<Scalar>& layout, Vector<Scalar>* s, const Slope& slope) {
+  return score == Score::Sigmoid ? score_gates<Score::Sigmoid>(layout, s, slope)
+                                 : score_gates<Score::SqrtSoftplus>(layout, s, slope);
+}
+
+// Returns the values of the experts of a rank in a row, 0 where there is no expert.
+template <class Scalar>
+TOPN_INLINE Vector<Scalar> at_chosen(const VectorLayout<Scalar>& layout, const Vector<Scalar>* row,
+                                     typename VectorLayout<Scalar>::Key expert) {
+  const auto chosen = expert >= 0;
+  return masked(chosen, layout.at(row, expert & chosen));
+}
 
 // Returns the logsumexps in double; NaN where a token has a NaN.
 template <class Scalar>

@@ -19,17 +19,33 @@ constexpr int64_t kGateTile = 128;  // tokens of a tile of `gate`
 // Returns the number of tiles of a group.
 inline int64_t gate_tiles(int64_t tokens) { return ceil_div(tokens, kGateTile); }
 
-// A group's sums for the losses.
+// Sums over valid tokens, for the z-loss and the statistics.
+struct TokenSums {
+  double valid_tokens = 0;  // their number
+  double z_loss = 0;        // logsumexp²
+  double entropy = 0;       // entropy of the gates
+  double squares = 0;       // squares of the logits
+  double largest = 0;       // the largest magnitude of a logit, not counting NaN
+
+  void operator+=(const TokenSums& other) {
+    valid_tokens += other.valid_tokens;
+    z_loss += other.z_loss;
+    entropy += other.entropy;
+    squares += other.squares;
+    largest = std::max(largest, other.largest);
+  }
+};
+
+// A group's sums.
 struct GroupSums {
-  double balance;       // sum of balance_term over experts
-  double z_loss;        // sum of logsumexp² over valid tokens
-  double valid_tokens;  // number of valid tokens
+  double balance = 0;  // sum of balance_term over experts
+  TokenSums tokens;
 };
 
 // Returns the bytes of the sums of all tiles of `gate`. The GroupSums follow them in the workspace.
 inline int64_t gate_tile_bytes(const GateInputs& a) {
   const int64_t tiles = a.groups * gate_tiles(a.tokens);
-  return (tiles * (a.experts + 1) + (tiles * a.experts + 1) / 2) * int64_t(sizeof(double));
+  return tiles * int64_t(sizeof(TokenSums)) + (tiles * a.experts + (tiles * a.experts + 1) / 2) * int64_t(sizeof(double));
 }
 
 // Returns the number of tokens of a tile of `assign`: enough that a tile's k·e counters do not outnumber its pairs.

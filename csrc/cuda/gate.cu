@@ -9,8 +9,8 @@ namespace {
 
 // docs/spec.md, step 6: returns w_k from v_k and the sum of all v.
 template <class Scalar>
-__device__ __forceinline__ Scalar normalised(Scalar v, double sum, int64_t top_n, double eps) {
-  return top_n == 1 ? v : v / Scalar(weight_divisor(sum, eps));
+__device__ __forceinline__ Scalar normalised(Scalar v, double sum, const GateOptions& options) {
+  return v / Scalar(weight_divisor(sum, options));
 }
 
 // Where a token's results belong in the outputs.
@@ -69,7 +69,7 @@ __device__ __forceinline__ FirstChoice<float> choose_sorted(const Gate& a, const
     const int k = i * RowLayout::width + layout.thread;
     if (in_tile && k < a.top_n) {
       out.expert[k] = KeyOf::expert(chosen[i]);
-      out.weight[k] = normalised(v[i], sum, a.top_n, a.eps);
+      out.weight[k] = normalised(v[i], sum, a);
     }
   }
   return {first, lse};
@@ -153,7 +153,7 @@ __device__ __forceinline__ void gate_tile(const GateTask& task, int64_t index) {
       }
       const Outputs<T> out(a, token);
       for (int64_t k = layout.thread; k < a.top_n; k += RowLayout::width) {
-        out.weight[k] = ComputeType<T>(normalised(Scalar(out.weight[k]), sum, a.top_n, a.eps));
+        out.weight[k] = ComputeType<T>(normalised(Scalar(out.weight[k]), sum, a));
       }
     }
   }
@@ -166,7 +166,7 @@ __device__ void write_no_losses(const Gate& a) {
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = first; i < a.groups * a.experts; i += step) {
     static_cast<Weight*>(a.importance)[i] = 0;
-    a.top_count[i] = 0;
+    a.counts[i] = 0;
   }
   if (first == 0) *static_cast<Weight*>(a.balance_loss) = *static_cast<Weight*>(a.router_z_loss) = 0;
 }
@@ -198,7 +198,7 @@ GateSpace divide_workspace(const Gate& a, const TilePlan& plan) {
     reserve(space.balance, a.groups * ceil_div(a.experts, kExpertsPerBlock));
     reserve(space.group_z_loss, a.groups);
     reserve(space.group_valid, a.groups);
-    reserve(space.top_count, plan.count * a.experts);
+    reserve(space.counts, plan.count * a.experts);
     reserve(space.valid_tokens, plan.count);
     reserve(space.ticket, 1);
   }

@@ -18,7 +18,7 @@ constexpr int64_t kValidTokensBytes = 16;  // bytes that valid_tokens takes of t
 __device__ __forceinline__ double count_valid_tokens(const GateBackward& a, int64_t group) {
   if (a.token_mask == nullptr) return double(a.tokens);
   int count = 0;
-  for (int64_t e = lane_id(); e < a.experts; e += kWarp) count += a.top_count[group * a.experts + e];
+  for (int64_t e = lane_id(); e < a.experts; e += kWarp) count += a.counts[group * a.experts + e];
   return warp_add(count);
 }
 
@@ -27,7 +27,7 @@ __global__ void count_all_valid_tokens(GateBackwardTask task) {
   const GateBackward& a = task.gate;
   SIMT_DYN_SMEM(double, counts);
   double count = 0;
-  for (int64_t i = threadIdx.x; i < a.groups * a.experts; i += blockDim.x) count += a.top_count[i];
+  for (int64_t i = threadIdx.x; i < a.groups * a.experts; i += blockDim.x) count += a.counts[i];
   count = warp_sum(count);
   if (lane_id() == 0) counts[warp_id()] = count;
   __syncthreads();
@@ -47,14 +47,15 @@ class Gradient {
 
   __device__ void start_group(int64_t group) {
     const auto* const grad_importance = static_cast<const Weight*>(a_.grad_importance);
+    const double valid_tokens = count_valid_tokens(a_, group);
     const ImportanceGradient gradient(scalar_gradient(a_.grad_balance_loss), a_.experts, a_.groups,
-                                      count_valid_tokens(a_, group));
+                                      GroupShares(valid_tokens, valid_tokens));
     TOPN_UNROLL_BY(RowLayout::unroll)
     for (int i = 0; i < layout.count; ++i) {
       importance_[i] = 0;
       if (!layout.valid(i)) continue;
       const int64_t at = group * a_.experts + layout.index(i);
-      importance_[i] = Scalar(gradient(grad_importance == nullptr ? 0.0 : double(grad_importance[at]), a_.top_count[at]));
+      importance_[i] = Scalar(gradient(grad_importance == nullptr ? 0.0 : double(grad_importance[at]), a_.counts[at]));
     }
     z_scale_ = scalar_gradient(a_.grad_router_z_loss);
     if (z_scale_ != 0) {
@@ -129,7 +130,7 @@ class Gradient {
       sum += v;
       dot += grad_weight(token, k) * v;
     }
-    return a_.top_n == 1 ? WeightGradient<double>{0, 1} : weight_gradient(sum, dot, a_.eps);
+    return weight_gradient(sum, dot, a_);
   }
 
   __device__ void through_gates(int64_t token) {

@@ -24,7 +24,7 @@ __global__ void gate_losses(GateTask task) {
   int32_t count = 0, valid = 0;
   for (int64_t tile = first + warp_id(); tile < last && expert < a.experts; tile += warps) {
     importance += space.importance[tile * a.experts + expert];
-    count += space.top_count[tile * a.experts + expert];
+    count += space.counts[tile * a.experts + expert];
   }
   for (int64_t tile = first + threadIdx.x; tile < last; tile += blockDim.x) {
     z_loss += space.z_loss[tile];
@@ -38,14 +38,15 @@ __global__ void gate_losses(GateTask task) {
   __syncthreads();
 
   if (warp_id() == 0) {
-    const double valid_tokens = sum_warps(valids), share = 1.0 / at_least_one(valid_tokens);
+    const double valid_tokens = sum_warps(valids);
+    const GroupShares shares(valid_tokens, valid_tokens);
     importance = sum_warps(importances + lane_id(), kWarp);
     count = sum_warps(counts + lane_id(), kWarp);
     if (group < a.groups && expert < a.experts) {
-      static_cast<Weight*>(a.importance)[group * a.experts + expert] = Weight(importance * share);
-      a.top_count[group * a.experts + expert] = count;
+      static_cast<Weight*>(a.importance)[group * a.experts + expert] = Weight(importance * shares.of_tokens);
+      a.counts[group * a.experts + expert] = count;
     }
-    const double balance = warp_sum(balance_term(importance, count, share));
+    const double balance = warp_sum(balance_term(importance, count, shares));
     if (lane_id() == 0) {
       if (group < a.groups) space.balance[blockIdx.x] = balance;
       if (group < a.groups && blockIdx.x % chunks == 0) {

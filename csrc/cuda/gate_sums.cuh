@@ -13,7 +13,7 @@ struct GateSpace {
   double* balance;        // (blocks of gate_losses) sums of the terms of the balance loss
   double* group_z_loss;   // (g) sums of logsumexp²
   double* group_valid;    // (g) number of valid tokens
-  int32_t* top_count;     // (tiles, e) number of tokens whose first choice is this expert
+  int32_t* counts;     // (tiles, e) number of tokens whose first choice is this expert
   int32_t* valid_tokens;  // (tiles) number of valid tokens
   unsigned* ticket;       // () number of blocks of gate_losses that have ended
   char* rows;             // rows that do not fit registers
@@ -41,12 +41,12 @@ class TileSums {
   __device__ TileSums(const RowLayout& layout, double* shared)
       : layout_(layout), shared_(shared), importance_(shared + warp_id() * kWarp * RowLayout::count),
         z_losses_(shared + blockDim.x * RowLayout::count),
-        top_count_(reinterpret_cast<int32_t*>(z_losses_ + blockDim.x / kWarp)) {}
+        counts_(reinterpret_cast<int32_t*>(z_losses_ + blockDim.x / kWarp)) {}
 
   __device__ void start(const GateSpace& /*space*/, int64_t /*tile*/) {
     TOPN_UNROLL
     for (int i = 0; i < RowLayout::count; ++i) run_[i] = 0, total(i) = 0;
-    for (int j = int(threadIdx.x); j < layout_.experts; j += int(blockDim.x)) top_count_[j] = 0;
+    for (int j = int(threadIdx.x); j < layout_.experts; j += int(blockDim.x)) counts_[j] = 0;
     __syncthreads();
   }
 
@@ -56,7 +56,7 @@ class TileSums {
     for (int i = 0; i < RowLayout::count; ++i) run_[i] += p[i];
     if (++run_length_ == kRun) flush();
     if (layout_.thread == 0) {
-      atomicAdd(&top_count_[expert], 1);
+      atomicAdd(&counts_[expert], 1);
       z_loss_ += logsumexp * logsumexp;
     }
   }
@@ -80,11 +80,11 @@ class TileSums {
     __syncthreads();
     for (int j = int(threadIdx.x); j < layout_.experts; j += int(blockDim.x)) {
       space.importance[tile * layout_.experts + j] = sum_warps(shared_ + j, kWarp * RowLayout::count);
-      space.top_count[tile * layout_.experts + j] = top_count_[j];
+      space.counts[tile * layout_.experts + j] = counts_[j];
     }
     int valid = 0;
     if (warp_id() == 0) {
-      for (int j = int(lane_id()); j < layout_.experts; j += int(kWarp)) valid += top_count_[j];
+      for (int j = int(lane_id()); j < layout_.experts; j += int(kWarp)) valid += counts_[j];
       valid = warp_add(valid);
     }
     if (threadIdx.x == 0) {
@@ -110,7 +110,7 @@ class TileSums {
   double* shared_;
   double* importance_;  // the warp's part of shared_
   double* z_losses_;    // (warps)
-  int32_t* top_count_;  // (e)
+  int32_t* counts_;  // (e)
   Scalar run_[RowLayout::count];
   double z_loss_ = 0;
   int run_length_ = 0;
@@ -128,9 +128,9 @@ class TileSums<WarpLayout<Scalar, int(kWarp), 0, 1>> {
 
   __device__ void start(const GateSpace& space, int64_t tile) {
     importance_ = space.importance + tile * layout_.experts;
-    top_count_ = space.top_count + tile * layout_.experts;
+    counts_ = space.counts + tile * layout_.experts;
     z_loss_ = valid_ = 0;
-    for (int j = int(lane_id()); j < layout_.experts; j += int(kWarp)) importance_[j] = 0, top_count_[j] = 0;
+    for (int j = int(lane_id()); j < layout_.experts; j += int(kWarp)) importance_[j] = 0, counts_[j] = 0;
     __syncwarp();
   }
 
@@ -138,7 +138,7 @@ class TileSums<WarpLayout<Scalar, int(kWarp), 0, 1>> {
     for (int i = 0; i < layout_.count; ++i) {
       if (layout_.valid(i)) importance_[layout_.index(i)] += p[i];
     }
-    if (layout_.thread == 0) top_count_[expert] += 1;
+    if (layout_.thread == 0) counts_[expert] += 1;
     z_loss_ += logsumexp * logsumexp;
     valid_ += 1;
   }
@@ -152,12 +152,12 @@ class TileSums<WarpLayout<Scalar, int(kWarp), 0, 1>> {
  private:
   const RowLayout& layout_;
   double* importance_ = nullptr;
-  int32_t* top_count_ = nullptr;
+  int32_t* counts_ = nullptr;
   double z_loss_ = 0;
   int32_t valid_ = 0;
 };
 
-// Adds up the sums of all tiles and writes importance, top_count and both losses.
+// Adds up the sums of all tiles and writes importance, counts and both losses.
 cudaError_t launch_losses(const GateTask& task, cudaStream_t stream);
 
 }  // namespace topn_gating::cuda

@@ -20,6 +20,7 @@ struct CheckedGateInputs {
     STD_TORCH_CHECK(shape.size() >= 2, "logits must have shape (..., tokens, experts)");
     const int64_t tokens = shape[shape.size() - 2], experts = shape.back();
     STD_TORCH_CHECK(top_n >= 1 && top_n <= experts, "top_n must be from 1 to the number of experts (", experts, "), got ", top_n);
+    check_options(options, experts, top_n);
     pairs = replace_last(shape, 1, {top_n});
     sums = replace_last(shape, 2, {experts});
     const ScalarType type = logits_in.scalar_type();
@@ -30,58 +31,86 @@ struct CheckedGateInputs {
     arguments = {{product(shape, 0, shape.size() - 2), tokens, experts, top_n}, options, dtype,
                  const_data(logits), const_data(noise), const_data<bool>(token_mask)};
   }
+
+ private:
+  static void check_options(const GateOptions& o, int64_t experts, int64_t top_n) {
+    STD_TORCH_CHECK(o.score >= Score::Softmax && o.score <= Score::SqrtSoftplus, "score must be from 0 to 2, got ", int64_t(o.score));
+    STD_TORCH_CHECK(!o.soft || o.score == Score::Softmax, "soft must be false unless score is 0, the softmax");
+    STD_TORCH_CHECK(o.expert_groups >= 1 && experts % o.expert_groups == 0, "expert_groups must divide the number of experts (",
+                    experts, "), got ", o.expert_groups);
+    STD_TORCH_CHECK(o.top_groups >= 1 && o.top_groups <= o.expert_groups, "top_groups must be from 1 to expert_groups (",
+                    o.expert_groups, "), got ", o.top_groups);
+    STD_TORCH_CHECK(top_n <= o.top_groups * (experts / o.expert_groups), "top_n must be at most the number of experts of top_groups (",
+                    o.top_groups * (experts / o.expert_groups), "), got ", top_n);
+    STD_TORCH_CHECK(o.group_score >= GroupScore::Top2 && o.group_score <= GroupScore::Max, "group_score must be from 0 to 1, got ",
+                    int64_t(o.group_score));
+  }
 };
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
-    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& token_mask, int64_t top_n,
-    double eps, double noise_mult, bool soft, bool losses) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
+    const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& token_mask,
+    const std::optional<Tensor>& select_bias, const std::optional<Tensor>& given, int64_t top_n, double eps, double noise_mult,
+    bool soft, int64_t score, int64_t expert_groups, int64_t top_groups, int64_t group_score, bool normalize, double scale,
+    bool all_ranks, bool losses, bool statistics) {
   const Backend backend(logits);
-  const CheckedGateInputs inputs(logits, noise, token_mask, top_n, {eps, noise_mult, soft});
+  const CheckedGateInputs inputs(logits, noise, token_mask, top_n,
+                                 {eps, noise_mult, soft, Score(score), expert_groups, top_groups, GroupScore(group_score), normalize,
+                                  scale, all_ranks});
   const ScalarType type = compute_type(logits.scalar_type());
+  const auto bias = checked("select_bias", select_bias, logits, {inputs.arguments.experts}, ScalarType::Float);
+  const auto chosen = checked("given", given, logits, inputs.pairs, ScalarType::Int);
   const Tensor weight = empty(logits, inputs.pairs, type);
   const Tensor expert = empty(logits, inputs.pairs, ScalarType::Int);
   const Tensor importance = empty(logits, inputs.sums, type);
-  const Tensor top_count = empty(logits, inputs.sums, ScalarType::Int);
+  const Tensor counts = empty(logits, inputs.sums, ScalarType::Int);
   const Tensor balance_loss = empty(logits, {}, type);
   const Tensor router_z_loss = empty(logits, {}, type);
+  const Tensor of_logits = empty(logits, {statistics ? 3 : 0}, type);
   Gate a{inputs.arguments};
+  a.select_bias = const_data<float>(bias);
+  a.given = const_data<int32_t>(chosen);
   a.losses = losses;
+  a.statistics = statistics ? mutable_data(of_logits) : nullptr;
   const auto space = reserve_workspace(backend, a, logits);
   a.weight = mutable_data(weight);
   a.expert = mutable_data<int32_t>(expert);
   a.importance = mutable_data(importance);
-  a.top_count = mutable_data<int32_t>(top_count);
+  a.counts = mutable_data<int32_t>(counts);
   a.balance_loss = mutable_data(balance_loss);
   a.router_z_loss = mutable_data(router_z_loss);
   a.workspace = mutable_data(space);
   backend.run(a);
-  return {weight, expert, importance, top_count, balance_loss, router_z_loss};
+  return {weight, expert, importance, counts, balance_loss, router_z_loss, of_logits};
 }
 
 template <class Backend>
 Tensor gate_backward(const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_importance,
                      const std::optional<Tensor>& grad_balance_loss, const std::optional<Tensor>& grad_router_z_loss,
                      const Tensor& logits, const std::optional<Tensor>& noise, const std::optional<Tensor>& token_mask,
-                     const Tensor& expert, const Tensor& top_count, double eps, double noise_mult, bool soft) {
+                     const Tensor& expert, const Tensor& counts, double eps, double noise_mult, bool soft, int64_t score,
+                     int64_t expert_groups, int64_t top_groups, int64_t group_score, bool normalize, double scale,
+                     bool all_ranks) {
   const Backend backend(logits);
   STD_TORCH_CHECK(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)");
   const int64_t top_n = expert.size(expert.dim() - 1);
-  const CheckedGateInputs inputs(logits, noise, token_mask, top_n, {eps, noise_mult, soft});
+  const CheckedGateInputs inputs(logits, noise, token_mask, top_n,
+                                 {eps, noise_mult, soft, Score(score), expert_groups, top_groups, GroupScore(group_score), normalize,
+                                  scale, all_ranks});
   const ScalarType type = compute_type(logits.scalar_type());
   const auto gw = checked("grad_weight", grad_weight, logits, inputs.pairs, type);
   const auto gi = checked("grad_importance", grad_importance, logits, inputs.sums, type);
   const auto gb = checked("grad_balance_loss", grad_balance_loss, logits, {}, type);
   const auto gz = checked("grad_router_z_loss", grad_router_z_loss, logits, {}, type);
   const Tensor chosen = checked("expert", expert, logits, inputs.pairs, ScalarType::Int);
-  const Tensor count = checked("top_count", top_count, logits, inputs.sums, ScalarType::Int);
+  const Tensor count = checked("counts", counts, logits, inputs.sums, ScalarType::Int);
   GateBackward a{inputs.arguments};
   a.grad_weight = const_data(gw);
   a.grad_importance = const_data(gi);
   a.grad_balance_loss = const_data(gb);
   a.grad_router_z_loss = const_data(gz);
   a.expert = const_data<int32_t>(chosen);
-  a.top_count = const_data<int32_t>(count);
+  a.counts = const_data<int32_t>(count);
   const Tensor grad_logits = empty(logits, inputs.shape, logits.scalar_type());
   const auto space = reserve_workspace(backend, a, logits);
   a.grad_logits = mutable_data(grad_logits);

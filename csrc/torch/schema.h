@@ -1,15 +1,21 @@
 // The operators: name and schema of each, once. The meaning of the arguments stands in csrc/router.h.
 #pragma once
 
+// The fields of GateOptions.
+#define TOPN_GATING_OPTIONS                                                                                                    \
+  " float eps, float noise_mult, bool soft, int score, int expert_groups, int top_groups, int group_score, bool normalize,"   \
+  " float scale, bool all_ranks"
+
 // Expands X(name, signature) for the operators that every backend has. `name` is also the function in the operator's header.
 #define TOPN_GATING_OPERATORS(X)                                                                                               \
   X(gate,                                                                                                                      \
-    "(Tensor logits, Tensor? noise, Tensor? token_mask, int top_n, float eps, float noise_mult, bool soft, bool losses)"      \
-    " -> (Tensor weight, Tensor expert, Tensor importance, Tensor top_count, Tensor balance_loss, Tensor router_z_loss)")     \
+    "(Tensor logits, Tensor? noise, Tensor? token_mask, Tensor? select_bias, Tensor? given, int top_n,"                       \
+    TOPN_GATING_OPTIONS ", bool losses, bool statistics)"                                                                      \
+    " -> (Tensor weight, Tensor expert, Tensor importance, Tensor counts, Tensor balance_loss, Tensor router_z_loss,"         \
+    " Tensor statistics)")                                                                                                     \
   X(gate_backward,                                                                                                             \
     "(Tensor? grad_weight, Tensor? grad_importance, Tensor? grad_balance_loss, Tensor? grad_router_z_loss, Tensor logits,"    \
-    " Tensor? noise, Tensor? token_mask, Tensor expert, Tensor top_count, float eps, float noise_mult, bool soft)"            \
-    " -> Tensor grad_logits")                                                                                                  \
+    " Tensor? noise, Tensor? token_mask, Tensor expert, Tensor counts," TOPN_GATING_OPTIONS ") -> Tensor grad_logits")        \
   X(assign,                                                                                                                    \
     "(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, int num_gates, SymInt? capacity,"   \
     " int align, int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand, Tensor offsets)")         \

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 CUDA = Backend("topn_gating", "cuda")
 GROUPS, TOKENS, DIM, EXPERTS, TOP_N, CAPACITY = 2, 700, 40, 24, 3, 90
 EPS = 1e-9
+OPTIONS = ops.GateOptions(EPS)
 GIVEN = pytest.mark.parametrize("policy", ["random", "threshold", "all"])
 HALF_OR_NOT = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -42,7 +43,8 @@ def inputs(seed=0, dtype=torch.float32, device="cuda"):
 def all_operators(logits, draws, threshold, x, grad_out, policy="random", run=None):
     """Runs the ten operators in the order of a training step, each by ``run(name, *args)``; returns all their results."""
     run = run or (lambda name, *args: getattr(torch.ops.topn_gating, name)(*args))
-    weight, expert, importance, top_count, balance_loss, z_loss = run("gate", logits, None, None, TOP_N, EPS, 1.0, False, True)
+    gated = run("gate", logits, None, None, None, None, TOP_N, *OPTIONS, True, True)
+    weight, expert, _importance, counts, balance_loss, z_loss, _statistics = gated
     assigned = run("assign", weight, expert, draws, threshold, None, EXPERTS, CAPACITY, 1, ops.POLICIES.index(policy), EPS)
     kept, slot, source, *_ = assigned
     y = run("dispatch", x, kept, expert, slot, source, None, True)
@@ -53,9 +55,9 @@ def all_operators(logits, draws, threshold, x, grad_out, policy="random", run=No
     grad_dense = run("dense_backward", *dense, expert, slot, source)
     grad_weight = run("assign_backward", grad_combine + grad_dispatch + grad_dense, slot)
     losses = torch.ones_like(balance_loss), torch.ones_like(z_loss)
-    grad_logits = run("gate_backward", grad_weight, None, *losses, logits, None, None, expert, top_count, EPS, 1.0, False)
+    grad_logits = run("gate_backward", grad_weight, None, *losses, logits, None, None, expert, counts, *OPTIONS)
     return [
-        *(weight, expert, importance, top_count, balance_loss, z_loss, *assigned, y, out, *dense),
+        *(*gated, *assigned, y, out, *dense),
         *(grad_y, grad_combine, grad_x, grad_dispatch, grad_dense, grad_weight, grad_logits),
     ]
 
@@ -236,7 +238,7 @@ def test_operator_with_tensors_of_two_devices(on_cpu):
     tensors = [logits, torch.rand_like(logits), draws[..., 0] < 0.5]
     tensors[on_cpu] = tensors[on_cpu].cpu()
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.topn_gating.gate(*tensors, TOP_N, EPS, 1.0, False, True)
+        torch.ops.topn_gating.gate(*tensors, None, None, TOP_N, *OPTIONS, True, True)
 
 
 def test_functions_with_tensors_of_two_devices():

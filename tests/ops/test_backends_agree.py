@@ -79,7 +79,7 @@ def test_gate(other, data):
     assert_agree(other, "gate", *case.args)
     grads = [spoil(g) if data.draw(BOTH) else None for g in case.random_gradients()]
     out = case.run(CPU)
-    saved = case.logits, case.noise, case.mask, out.expert, out.top_count
+    saved = case.logits, case.noise, case.mask, out.expert, out.counts
     assert_agree(other, "gate_backward", *grads, *saved, case.eps, case.noise_mult, case.soft)
 
 

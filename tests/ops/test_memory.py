@@ -14,23 +14,23 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="li
 FAILED_ALLOCATIONS = """
 import resource
 import torch
-from topn_gating import ops
+from topn_gating.ops import GateOptions
 
 torch.set_num_threads(2)
 torch.ones(1 << 20).exp()  # starts the threads
 O = torch.ops.topn_gating
 EXPERTS = 1 << 20
 logits = torch.rand(2, 1, EXPERTS)
-weight, expert, _, top_count, *_ = O.gate(logits, None, None, 1, 1e-9, 1.0, False, True)
+weight, expert, _, counts, *_ = O.gate(logits, None, None, None, None, 1, *GateOptions(1e-9), True, True)
 x, w = torch.rand(2, EXPERTS), torch.rand(16, EXPERTS)
 # Some processors convert half types to float32. The outputs are larger than what malloc may keep for a thread, 64 MiB.
 rows, matrices = torch.rand(2000, 64).half(), torch.rand(2, 1 << 15, 64).half()
 large_rows, large_matrices = torch.rand(2000, 1 << 15).half(), torch.rand(2, 64, 1 << 15).half()
 ends = torch.tensor([1000, 2000], dtype=torch.int32)
 calls = {
-    "gate": lambda: O.gate(logits, None, None, 1, 1e-9, 1.0, False, True),
+    "gate": lambda: O.gate(logits, None, None, None, None, 1, *GateOptions(1e-9), True, True),
     "gate_backward": lambda: O.gate_backward(
-        weight, None, None, None, logits, None, None, expert, top_count, 1e-9, 1.0, False
+        weight, None, None, None, logits, None, None, expert, counts, *GateOptions(1e-9)
     ),
     "linear": lambda: O.linear(x, w),
     "grouped_linear": lambda: O.grouped_linear(rows, matrices, None, ends),
@@ -59,7 +59,7 @@ print("survived")
 PAST_THE_END = """
 import ctypes, itertools, mmap
 import torch
-from topn_gating import ops
+from topn_gating.ops import SCORES, GateOptions
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -89,21 +89,23 @@ O = torch.ops.topn_gating
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     sizes = [*range(1, 36), 63, 64, 65, 100], [1, 2, 3, 7, 15, 16, 17, 33]
-    for experts, tokens, soft in itertools.product(*sizes, [False, True]):
+    softmaxes = GateOptions(1e-9), GateOptions(1e-9, soft=True)
+    others = [GateOptions(1e-9, score=i, all_ranks=True) for i in range(1, len(SCORES))]
+    for experts, tokens, options in itertools.product(*sizes, [*softmaxes, *others]):
         logits, noise = torch.randn(tokens, experts).to(dtype), torch.rand(tokens, experts, dtype=compute)
         top_n = min(2, experts)
         for with_noise in (None, noise):
             tensors = (logits,) if with_noise is None else (logits, noise)
             moved = list(at_the_end(tensors)) + [None]
-            weight, expert, importance, top_count, *_ = O.gate(*moved[:2], None, top_n, 1e-9, 1.0, soft, True)
-            plain = O.gate(logits, with_noise, None, top_n, 1e-9, 1.0, soft, True)
+            weight, expert, importance, counts, *_ = O.gate(*moved[:2], None, None, None, top_n, *options, True, True)
+            plain = O.gate(logits, with_noise, None, None, None, top_n, *options, True, True)
             assert all(map(torch.equal, (weight, expert), plain)), (dtype, experts, tokens)
             gradients = torch.ones_like(weight), torch.ones_like(importance)
-            arguments = list(at_the_end((*tensors, *gradients, expert, top_count)))
+            arguments = list(at_the_end((*tensors, *gradients, expert, counts)))
             if with_noise is None:
                 arguments.insert(1, None)
-            z, u, grad_weight, grad_importance, expert, top_count = arguments
-            O.gate_backward(grad_weight, grad_importance, None, None, z, u, None, expert, top_count, 1e-9, 1.0, soft)
+            z, u, grad_weight, grad_importance, expert, counts = arguments
+            O.gate_backward(grad_weight, grad_importance, None, None, z, u, None, expert, counts, *options)
     for dim, experts, tokens in itertools.product([1, 3, 15, 16, 17, 31, 33, 65, 130], [1, 5, 33], [1, 7, 17]):
         shapes = (tokens, dim), (experts, dim), (tokens, experts)
         x, w, grad = at_the_end([torch.randn(shape).to(dtype) for shape in shapes])

@@ -95,7 +95,7 @@ Buffer mask_of(const Problem& p) {
 }
 
 GateInputs gate_inputs(const Problem& p) {
-  return {p.sizes(), {p.c.eps, 1, p.c.soft}, p.c.dtype};
+  return {p.sizes(), {p.c.eps, 1, p.c.soft, Score::Softmax, 1, 1, GroupScore::Top2, p.c.top_n > 1, 1, false}, p.c.dtype};
 }
 
 template <class Args>
@@ -128,13 +128,13 @@ void gate(Call& call, const Case& c) {
   call.output(a.weight, "weight", p.compute_type, p.pairs, p.close(), weight_bound);
   call.output(a.expert, "expert", Type::I32, p.pairs);
   call.output(a.importance, "importance", p.compute_type, p.group_experts, p.close(), sums);
-  call.output(a.top_count, "top_count", Type::I32, p.group_experts);
+  call.output(a.counts, "counts", Type::I32, p.group_experts);
   call.output(a.balance_loss, "balance_loss", p.compute_type, 1, p.close(), sums);
   call.output(a.router_z_loss, "router_z_loss", p.compute_type, 1, p.close(), sums);
   call.workspace(a.workspace);
 }
 
-// Returns the outputs of gate, by the plain loops: weight, expert, importance, top_count and the losses.
+// Returns the outputs of gate, by the plain loops: weight, expert, importance, counts and the losses.
 std::vector<Buffer> gate_outputs(const Case& c) {
   Case with_losses = c;
   with_losses.losses = true;
@@ -145,11 +145,11 @@ std::vector<Buffer> gate_outputs(const Case& c) {
 
 // Returns about the largest gradient of a gate value, which is larger the fewer valid tokens a group has. If the gate value is
 // near 1, the gradient cancels with the mean, so that its rounding errors remain.
-double largest_gradient(const Case& c, const Buffer& top_count) {
+double largest_gradient(const Case& c, const Buffer& counts) {
   double most = 1;
   for (int64_t group = 0; group < c.groups; ++group) {
     double valid = 0;
-    for (int64_t e = 0; e < c.experts; ++e) valid += top_count.get(group * c.experts + e);
+    for (int64_t e = 0; e < c.experts; ++e) valid += counts.get(group * c.experts + e);
     most = std::max(most, (4 + double(c.experts) / double(c.groups)) / std::max(valid, 1.0));
   }
   return most;
@@ -173,7 +173,7 @@ void gate_backward(Call& call, const Case& c) {
   call.input(a.expert, p.buffer(Type::I32, p.pairs, [&](int64_t i) {
     return c.perturbed && p.random.chance(0.2) ? double(p.random.below(3 * c.experts) - c.experts) : outputs[1].get(i);
   }));
-  call.input(a.top_count, p.copy(Type::I32, outputs[3]));
+  call.input(a.counts, p.copy(Type::I32, outputs[3]));
   // Gradients of similar size are subtracted.
   const double largest = largest_gradient(c, outputs[3]), roundings = 32 * p.rounding();
   const double cancelled = p.random_inputs ? p.precision() * largest : 0;

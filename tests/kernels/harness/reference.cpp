@@ -166,7 +166,7 @@ void multiply(Matrix a, Matrix b, int64_t rows, int64_t inner, int64_t columns, 
 void run(const Gate& a) {
   const Result weight{a.weight}, importance{a.importance}, balance_loss{a.balance_loss}, z_loss{a.router_z_loss};
   importance.fill(a.groups * a.experts, 0);
-  std::fill_n(a.top_count, a.groups * a.experts, 0);
+  std::fill_n(a.counts, a.groups * a.experts, 0);
   balance_loss[0] = z_loss[0] = 0;
   for (int64_t token = 0; token < a.groups * a.tokens; ++token) {
     const Token t(a, token);
@@ -180,7 +180,7 @@ void run(const Gate& a) {
     if (!a.losses || !is_valid(a, token)) continue;
     const int64_t group_offset = token / a.tokens * a.experts;
     for (int64_t e = 0; e < a.experts; ++e) importance[group_offset + e] += t.gates[e];
-    a.top_count[group_offset + chosen[0]] += 1;
+    a.counts[group_offset + chosen[0]] += 1;
     z_loss[0] += std::pow(logsumexp(t.logits), 2);
   }
   z_loss[0] /= valid_tokens(a, 0, a.groups * a.tokens);
@@ -188,7 +188,7 @@ void run(const Gate& a) {
     const int64_t group = i / a.experts;
     const double valid = valid_tokens(a, group * a.tokens, (group + 1) * a.tokens);
     importance[i] /= valid;
-    balance_loss[0] += importance[i] * (a.top_count[i] / valid) * double(a.experts) / double(a.groups);
+    balance_loss[0] += importance[i] * (a.counts[i] / valid) * double(a.experts) / double(a.groups);
   }
 }
 
@@ -218,10 +218,10 @@ void run(const GateBackward& a) {
     }
     for (int64_t k = 0; k < a.top_n; ++k) grad_gates[chosen[k]] += (grad_weight[token * a.top_n + k] - mean) / denominator;
 
-    // importance = Σ gates / valid and balance_loss = e / g · Σ importance · top_count / valid, over valid tokens.
+    // importance = Σ gates / valid and balance_loss = e / g · Σ importance · counts / valid, over valid tokens.
     for (int64_t e = 0; e < a.experts && is_valid(a, token); ++e) {
       const int64_t i = group * a.experts + e;
-      const double density = a.top_count[i] / valid;
+      const double density = a.counts[i] / valid;
       grad_gates[e] += (grad_importance[i] + grad_balance[0] * double(a.experts) / double(a.groups) * density) / valid;
     }
 
