@@ -4,6 +4,7 @@ A case knows its inputs, runs an operator on a backend, and evaluates ``topn_gat
 come back on the CPU whatever the backend.
 """
 
+import math
 from ctypes import CDLL, c_uint64
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -142,6 +143,12 @@ class GateCase:
         s = self.logits.detach().double()
         return s if self.noise is None else s + self.noise_mult * reference.gumbel(self.noise.double())
 
+    def selection_scores(self) -> Tensor:
+        """The selection scores ``q`` of docs/spec.md, step 5, in float64."""
+        if self.bias is None and self.groups == 1:
+            return self.scores()
+        return reference.gates(self.scores(), self.score) + (0 if self.bias is None else self.bias)
+
     def oracle(self, logits: Tensor | None = None) -> GateResult:
         """The reference in float64."""
         return GateResult(
@@ -178,10 +185,34 @@ class GateCase:
         return tuple(torch.randn(s, dtype=compute_dtype(self.logits.dtype)) for s in shapes)
 
 
-def gate_case(shape: tuple[int, ...], top_n: int, *, dtype=torch.float32, noise=False, mask=False, **options) -> GateCase:
-    logits = torch.randn(shape, dtype=torch.float64).to(dtype)
-    uniform = torch.rand(shape, dtype=compute_dtype(dtype)) if noise else None
-    return GateCase(logits, top_n, uniform, torch.rand(shape[:-1]) < 0.7 if mask else None, **options)
+def gate_case(
+    shape: tuple[int, ...],
+    top_n: int,
+    *,
+    dtype=torch.float32,
+    noise=False,
+    mask=False,
+    bias=False,
+    given=False,
+    groups=1,
+    top_groups=1,
+    **options,
+) -> GateCase:
+    """Random scores. Of the groups there are as many as divide the experts, and as many open as ``top_n`` needs."""
+    *lead, experts = shape
+    groups = math.gcd(groups, experts)
+    pairs = torch.randint(-2, experts + 1, (*lead, top_n), dtype=torch.int32)  # some out of range, and some twice in a token
+    return GateCase(
+        torch.randn(shape, dtype=torch.float64).to(dtype),
+        top_n,
+        torch.rand(shape, dtype=compute_dtype(dtype)) if noise else None,
+        torch.rand(lead) < 0.7 if mask else None,
+        bias=0.3 * torch.randn(experts) if bias else None,
+        given=pairs if given else None,
+        groups=groups,
+        top_groups=max(min(top_groups, groups), -(-top_n // (experts // groups))),
+        **options,
+    )
 
 
 class AssignResult(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .dtypes import FLOAT_TYPES, autocast, compute_dtype
 from .eager import readable
+from .ops import GROUP_SCORES, SCORES
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 INT32_MAX = 2**31 - 1
@@ -130,16 +131,56 @@ def check_tokens(x: Tensor, dim: int, device: torch.device) -> None:
         raise ValueError(f"x must be on {device} with the gate's thresholds, got {x.device}")
 
 
-def check_logits(logits: Tensor, top_n: int) -> int:
-    """Raises unless ``logits`` is ``(…, n, e)`` with ``top_n`` experts or more; returns ``top_n``."""
+def check_logits(logits: Tensor, top_n: int | None, expert: Tensor | None) -> int:
+    """Returns ``top_n``, of which logits ``(…, n, e)`` must have as many experts; ``top_n``, by default 2, or expert's k."""
     check_floating("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., tokens, experts) with an expert or more, got {tuple(logits.shape)}")
+    if top_n is None:
+        top_n = 2 if not isinstance(expert, Tensor) or expert.dim() == 0 else expert.shape[-1]
     return check_top_n(top_n, logits.shape[-1])
 
 
+def check_score(score: str, differentiable_topk: bool) -> None:
+    """Raises unless there is such a score, and one of which there is a soft top-n if that is asked for."""
+    check_choice("score", score, SCORES)
+    if differentiable_topk and score != "softmax":
+        raise ValueError(f"score must be softmax with differentiable_topk, got {score!r}")
+
+
+def check_groups(
+    num_gates: int, top_n: int, groups: int | None, top_groups: int | None, group_score: str
+) -> tuple[int, int]:
+    """Returns how many groups the experts form, by default one, and how many of them are open, by default all."""
+    check_choice("group_score", group_score, GROUP_SCORES)
+    groups = 1 if groups is None else check_count("groups", groups)
+    if num_gates % groups:
+        raise ValueError(f"groups must divide num_gates ({num_gates}), got {groups}")
+    top_groups = groups if top_groups is None else check_count("top_groups", top_groups)
+    if top_groups > groups:
+        raise ValueError(f"top_groups must be at most groups ({groups}), got {top_groups}")
+    most = top_groups * (num_gates // groups)
+    if top_n > most:
+        raise ValueError(f"top_groups must have top_n ({top_n}) experts or more, got {top_groups} with {most}")
+    return groups, top_groups
+
+
+def check_counts(counts: Any, shape: Sequence[int], device: torch.device, balance_on: str) -> None:
+    """Raises unless ``counts`` is a function, or a tensor of ``shape`` or of its last dimension; and is not of kept pairs."""
+    if balance_on == "kept":
+        raise ValueError("counts must be None with balance_on='kept', which counts the pairs that this call keeps")
+    if callable(counts):
+        return
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts must be a tensor or a function of one, got {type(counts).__name__}")
+    if tuple(counts.shape) not in (tuple(shape), tuple(shape[-1:])):
+        raise ValueError(f"counts must have shape {tuple(shape)} or {tuple(shape[-1:])}, got {tuple(counts.shape)}")
+    if counts.device != device:
+        raise ValueError(f"counts must be on {device}, got {counts.device}")
+
+
 def check_chosen(
-    expert: Tensor | None, weight: Tensor | None, num_gates: int | None
+    expert: Tensor | None, weight: Tensor | None, num_gates: int | None, top_n: int | None
 ) -> tuple[Tensor, Tensor, int]:
     """Returns chosen experts and their weights, both ``(…, n, k)``, as int32 and in the type that weights are computed in.
 
@@ -152,24 +193,40 @@ def check_chosen(
     if num_gates is None:
         raise ValueError("num_gates must be given beside expert")
     num_gates = check_count("num_gates", num_gates)
-    if not isinstance(expert, Tensor) or expert.dtype not in (torch.int32, torch.int64):
-        got = expert.dtype if isinstance(expert, Tensor) else type(expert).__name__
-        raise TypeError(f"expert must be an int32 or int64 tensor, got {got}")
-    _check_dense("expert", expert)
     check_floating("weight", weight)
-    if expert.dim() < 2 or expert.shape[-1] < 1:
-        raise ValueError(f"expert must have shape (..., tokens, top_n) with a rank or more, got {tuple(expert.shape)}")
+    expert = check_expert(expert, num_gates)
     if weight.shape != expert.shape:
         raise ValueError(f"weight must have the shape of expert, {tuple(expert.shape)}, got {tuple(weight.shape)}")
     if weight.device != expert.device:
         raise ValueError(f"weight must be on {expert.device} with expert, got {weight.device}")
+    if top_n is not None and top_n != expert.shape[-1]:
+        raise ValueError(f"top_n must be left out or {expert.shape[-1]}, the ranks of expert, got {top_n}")
+    return expert, weight.to(compute_dtype(weight.dtype)), num_gates
+
+
+def check_expert(
+    expert: Tensor, num_gates: int, shape: Sequence[int] | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Returns chosen experts ``(…, n, k)``, of that shape and device if they are given, as int32.
+
+    An index below -1 or from ``num_gates`` on is an error where the values can be read at once.
+    """
+    if not isinstance(expert, Tensor) or expert.dtype not in (torch.int32, torch.int64):
+        got = expert.dtype if isinstance(expert, Tensor) else type(expert).__name__
+        raise TypeError(f"expert must be an int32 or int64 tensor, got {got}")
+    _check_dense("expert", expert)
+    if expert.dim() < 2 or expert.shape[-1] < 1:
+        raise ValueError(f"expert must have shape (..., tokens, top_n) with a rank or more, got {tuple(expert.shape)}")
+    if shape is not None and tuple(expert.shape) != tuple(shape):
+        raise ValueError(f"expert must have shape {tuple(shape)} beside these logits, got {tuple(expert.shape)}")
+    if device is not None and expert.device != device:
+        raise ValueError(f"expert must be on {device} with logits, got {expert.device}")
     if readable(expert) and expert.numel():
         least, most = (int(t) for t in expert.aminmax())
         if least < -1 or most >= num_gates:
             raise ValueError(f"expert must be from -1 to {num_gates - 1} (num_gates - 1), got {least if least < -1 else most}")
-    if expert.dtype == torch.int64:
-        expert = expert.clamp(-1, num_gates).int()  # an index out of range, which is not routed, must not become another
-    return expert, weight.to(compute_dtype(weight.dtype)), num_gates
+    # An int64 index out of range, which is not routed, must not become another.
+    return expert.clamp(-1, num_gates).int() if expert.dtype == torch.int64 else expert
 
 
 def check_tensor(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:

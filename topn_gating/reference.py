@@ -59,13 +59,19 @@ def gates(s: Tensor, score: Score = "softmax") -> Tensor:
     return torch.where(zero, 1, softplus).sqrt().where(~zero, 0)
 
 
-def closed_experts(q: Tensor, groups: int, top_groups: int, group_score: GroupScore = "top2") -> Tensor:
-    """Which experts are not among those of the ``top_groups`` best of ``groups`` equal groups, ``(…, e)``."""
+def group_scores(q: Tensor, groups: int, group_score: GroupScore = "top2") -> Tensor:
+    """Scores of equal groups of neighbouring experts: the sum of the two largest of ``q`` ``(…, e)`` in each, or the largest."""
     of_group = q.unflatten(-1, (groups, -1))
-    best = of_group.topk(min(2 if group_score == "top2" else 1, of_group.shape[-1]), -1).values.sum(-1)
+    best: Tensor = of_group.topk(min(2 if group_score == "top2" else 1, of_group.shape[-1]), -1).values.sum(-1)
+    return best
+
+
+def closed_experts(q: Tensor, groups: int, top_groups: int, group_score: GroupScore = "top2") -> Tensor:
+    """Which experts ``(…, e)`` are not in the ``top_groups`` groups of the largest scores; of equal groups the lower is."""
+    best = group_scores(q, groups, group_score)
     order = best.sort(dim=-1, descending=True, stable=True).indices
     closed = torch.zeros_like(best, dtype=torch.bool).scatter(-1, order[..., top_groups:], True)
-    return closed.repeat_interleave(of_group.shape[-1], -1)
+    return closed.repeat_interleave(q.shape[-1] // groups, -1)
 
 
 def select(q: Tensor, closed: Tensor, top_n: int) -> Tensor:

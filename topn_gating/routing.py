@@ -14,6 +14,7 @@ from . import ops
 from .checks import check_count, check_dtype, check_rows
 from .dtypes import autocast, compute_dtype
 from .eager import readable
+from .statistics import RoutingStats
 
 
 class Routing(NamedTuple):
@@ -40,6 +41,7 @@ class Routing(NamedTuple):
         straight_through: whether :meth:`dispatch` and :meth:`dense` pass the dispatch gradient on to ``weight``.
         offsets: dropless ``(e,)`` int32, where each expert's rows end, a multiple of ``align``, as
             ``torch.nn.functional.grouped_mm`` takes them; None in the capacity layout.
+        statistics: ``(3,)`` of ``weight``'s type, for :meth:`stats`, or None where they were not asked for.
     """
 
     expert: Tensor
@@ -51,6 +53,7 @@ class Routing(NamedTuple):
     router_z_loss: Tensor
     straight_through: bool = True
     offsets: Tensor | None = None
+    statistics: Tensor | None = None
 
     @property
     def capacity(self) -> int | None:
@@ -67,6 +70,38 @@ class Routing(NamedTuple):
         """Share of the routed pairs that found their expert full, a ``()`` float32 tensor; 0 where none was routed."""
         demand = self.demand.sum()
         return (demand - self.load.sum()) / demand.clamp(min=1)
+
+    @property
+    def chosen(self) -> Tensor:
+        """``expert`` with -1 for every pair that holds no slot, ``(…, n, k)`` int32: what :func:`topn_gating.route` replays.
+
+        ``route(logits, expert=routing.chosen)`` with the same capacity gives the same ``slot`` (-1 where a pair holds none) and
+        ``source`` to the bit. It gives the same weights where no pair of a token was dropped, or weights are not normalised.
+        """
+        return self.expert.where(self.slot >= 0, -1)
+
+    @property
+    def max_violation(self) -> Tensor:
+        """How far the busiest expert's demand is above the mean, ``max / mean - 1`` over all groups, a ``()`` float32 tensor.
+
+        MaxVio of loss-free balancing (arXiv 2408.15664). 0 where no pair is routed.
+        """
+        demand = self.demand.reshape(-1, self.demand.shape[-1]).sum(0)
+        total = demand.sum()
+        return torch.where(total > 0, demand.amax() * demand.shape[0] / total - 1, 0)
+
+    def stats(self) -> RoutingStats:
+        """The health of the router, in tensors of the device and without a gradient.
+
+        Raises:
+            ValueError: the routing was computed without ``stats=True``.
+        """
+        if self.statistics is None:
+            raise ValueError("stats() takes a routing that was computed with stats=True")
+        entropy, logit_max, logit_rms = self.statistics.unbind()
+        return RoutingStats(
+            self.load, self.demand, self.drop_fraction, self.max_violation, entropy, logit_max, logit_rms
+        )
 
     def as_dropless(self, align: int = 1) -> "Routing":
         """The same decision in the dropless layout; itself if it is that already, with ``align = 1``.
