@@ -1,5 +1,6 @@
 """Mixture-of-Experts routing: top-n gating with capacity, exact, deterministic and fast, forward and backward."""
 
+from .balancing import update_select_bias_, with_loss
 from .experts import Experts, GLUExperts
 from .functional import combine, dispatch, expert_capacity, route
 from .gating import TopNGating
@@ -7,6 +8,7 @@ from .grouped import grouped_linear
 from .moe import MixtureOfExpertsReturn, MoE
 from .ops import build_info
 from .routing import Routing
+from .statistics import RoutingStats, stack_stats
 
 __version__ = "0.1.0"
 
@@ -16,6 +18,7 @@ __all__ = [
     "MixtureOfExpertsReturn",
     "MoE",
     "Routing",
+    "RoutingStats",
     "TopNGating",
     "build_info",
     "combine",
@@ -23,4 +26,7 @@ __all__ = [
     "expert_capacity",
     "grouped_linear",
     "route",
+    "stack_stats",
+    "update_select_bias_",
+    "with_loss",
 ]

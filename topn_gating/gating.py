@@ -1,6 +1,7 @@
 """The gating module, drop-in for ``zeta.nn.TopNGating`` and ``st_moe_pytorch.TopNGating``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +10,18 @@ from .checks import (
     check_choice,
     check_count,
     check_dtype,
+    check_groups,
     check_positive,
+    check_score,
     check_tokens,
     check_top_n,
     threshold_per_rank,
 )
 from .dtypes import without_autocast
-from .functional import BALANCE_ON, BalanceOn, expert_capacity, route
+from .functional import BALANCE_ON, BALANCE_OVER, BALANCE_RANKS, BalanceOn, BalanceOver, expert_capacity, route
 from .linear import GateLinear
-from .ops import POLICIES, Policy
+from .ops import POLICIES, GroupScore, Policy, Score
+from .reference import BalanceRanks
 from .routing import Routing
 
 
@@ -46,11 +50,24 @@ class TopNGating(nn.Module):
         dropless: the dropless layout (MegaBlocks, arXiv 2211.15841), where no token is dropped and nothing has a capacity
             (:class:`topn_gating.Routing`). It has no dense form: :meth:`route` alone gives it.
         align: divisor of each expert's number of rows when dropless.
+        score: the gates of the logits, see :func:`topn_gating.route`, as the next five.
+        select_bias: gives the module a float32 buffer ``select_bias`` ``(num_gates,)``, added to the gates for the choice of
+            the experts alone, which stays float32 whatever the module is converted to.
+            :func:`topn_gating.update_select_bias_` moves it. Without it there is no such entry in the ``state_dict``.
+        groups: number of groups of experts.
+        top_groups: number of groups that are open to a token.
+        group_score: what decides which.
+        normalize: divides a token's weights by their sum; by default unless ``top_n`` is 1.
+        scale: factor of the weights.
+        bias: gives ``to_gates`` a bias (gpt-oss).
         policy_train: ``"random"`` (as above), ``"threshold"`` (``weight_k > threshold``), ``"all"`` or ``"none"``; by default
             ``"random"``, or ``"all"`` when dropless.
         policy_eval: the same in eval mode.
         balance_on: ``"routed"``: the balance loss counts tokens before the capacity drop; ``"kept"``: after it, as the
             peers do.
+        balance_ranks: ``"first"``: it counts the pairs of rank 0; ``"all"``: those of all ranks.
+        balance_over: ``"group"``: the mean of one loss for each group; ``"batch"``: all tokens are one group.
+        stats: computes what :meth:`topn_gating.Routing.stats` returns.
         router_dtype: type of the gate's matrix product and of the logits, with autocast off; None leaves it to torch's rules.
             It belongs to the :class:`topn_gating.linear.GateLinear` that the constructor makes, wherever that stands: behind
             hooks or a parametrisation, or inside a wrapper as of LoRA. Any other module in the place of ``to_gates`` is called
@@ -74,6 +91,7 @@ class TopNGating(nn.Module):
 
     threshold_train: Tensor
     threshold_eval: Tensor
+    select_bias: Tensor | None
 
     def __init__(
         self,
@@ -92,9 +110,20 @@ class TopNGating(nn.Module):
         *,
         dropless: bool = False,
         align: int = 1,
+        score: Score = "softmax",
+        select_bias: bool = False,
+        groups: int | None = None,
+        top_groups: int | None = None,
+        group_score: GroupScore = "top2",
+        normalize: bool | None = None,
+        scale: float = 1.0,
+        bias: bool = False,
         policy_train: Policy | None = None,
         policy_eval: Policy | None = None,
         balance_on: BalanceOn = "routed",
+        balance_ranks: BalanceRanks = "first",
+        balance_over: BalanceOver = "group",
+        stats: bool = False,
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -106,6 +135,9 @@ class TopNGating(nn.Module):
         check_choice("policy_train", policy_train, POLICIES)
         check_choice("policy_eval", policy_eval, POLICIES)
         check_choice("balance_on", balance_on, BALANCE_ON)
+        check_choice("balance_ranks", balance_ranks, BALANCE_RANKS)
+        check_choice("balance_over", balance_over, BALANCE_OVER)
+        check_score(score, differentiable_topk)
         check_dtype("router_dtype", router_dtype)
 
         self.dim = check_count("dim", dim)
@@ -122,36 +154,65 @@ class TopNGating(nn.Module):
         self.align = check_count("align", align)
         if self.align != 1 and not dropless:
             raise ValueError(f"align must be 1 unless dropless, got {align}")
+        check_groups(self.num_gates, self.top_n, groups, top_groups, group_score)
+        self.score = score
+        self.groups = groups
+        self.top_groups = top_groups
+        self.group_score = group_score
+        self.normalize = self.top_n > 1 if normalize is None else normalize
+        self.scale = check_positive("scale", scale)
         self.policy_train = policy_train
         self.policy_eval = policy_eval
         self.balance_on = balance_on
+        self.balance_ranks = balance_ranks
+        self.balance_over = balance_over
+        self.stats = stats
         self.router_dtype = router_dtype
         self._thresholds = {
             "threshold_train": threshold_per_rank("threshold_train", threshold_train, self.top_n, self.num_gates),
             "threshold_eval": threshold_per_rank("threshold_eval", threshold_eval, self.top_n, self.num_gates),
         }
 
-        self.to_gates: nn.Module = GateLinear(self.dim, self.num_gates, router_dtype=router_dtype, device=device, dtype=dtype)
+        self.to_gates: nn.Module = GateLinear(
+            self.dim, self.num_gates, bias=bias, router_dtype=router_dtype, device=device, dtype=dtype
+        )
         for name in self._thresholds:
             self.register_buffer(name, torch.empty(self.top_n, device=device, dtype=dtype))
+        empty = torch.empty(self.num_gates, device=device, dtype=torch.float32)
+        self.register_buffer("select_bias", empty if select_bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Writes the constructor's thresholds into their buffers, for example after ``to_empty``.
+        """Writes the constructor's thresholds into their buffers, and zeros into the bias, for example after ``to_empty``.
 
         As torch expects of this method, it leaves the submodules alone: ``to_gates`` has one of its own.
         """
         with torch.no_grad():
             for name, per_rank in self._thresholds.items():
                 self.get_buffer(name).copy_(torch.tensor([self.eps, *per_rank], dtype=torch.float64))
+            if self.select_bias is not None:
+                self.select_bias.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopNGating":
+        """Applies what ``to`` and its like do, but leaves ``select_bias`` in float32: half types would lose its small steps."""
+        bias = self.select_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.select_bias is not None and self.select_bias.dtype != bias.dtype:
+            self.select_bias = bias.to(self.select_bias.device)
+        return self
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the parentheses."""
+        options: dict[str, Any] = {"score": self.score, "scale": self.scale, "normalize": self.normalize}
+        if self.groups is not None:
+            options |= {"groups": self.groups, "top_groups": self.top_groups, "group_score": self.group_score}
+        plain = {"score": "softmax", "scale": 1.0, "normalize": self.top_n > 1}
+        shown = "".join(f", {name}={value}" for name, value in options.items() if plain.get(name) != value)
         factors = f"capacity_factor=({self.capacity_factor_train}, {self.capacity_factor_eval})"
         return (
             f"dim={self.dim}, num_gates={self.num_gates}, top_n={self.top_n}, "
             f"{f'dropless, align={self.align}' if self.dropless else factors}, "
-            f"policy=({self.policy_train}, {self.policy_eval})"
+            f"policy=({self.policy_train}, {self.policy_eval}){shown}"
         )
 
     def capacity(self, tokens: int) -> int | None:
@@ -180,6 +241,8 @@ class TopNGating(nn.Module):
         *,
         token_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        expert: Tensor | None = None,
+        counts: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> Routing:
         """The routing of tokens ``x``, in the compact form.
 
@@ -192,6 +255,9 @@ class TopNGating(nn.Module):
             noise_mult: its factor.
             token_mask: ``(…, n)`` bool, True where the token is real.
             generator: draws the random numbers, first the noise's, then the random policy's; by default torch's own.
+            expert: ``(…, n, top_n)``, experts in place of those that the logits would choose, all of which are routed; see
+                :func:`topn_gating.route`, as for the next.
+            counts: how many pairs chose each expert, for the balance loss.
 
         Raises:
             TypeError: an argument is of the wrong type.
@@ -202,10 +268,18 @@ class TopNGating(nn.Module):
         return route(
             self.logits(x),
             self.top_n,
+            expert=expert,
             capacity=self.capacity(x.shape[-2]),
             dropless=self.dropless,
             align=self.align,
-            policy=self.policy_train if self.training else self.policy_eval,
+            score=self.score,
+            select_bias=self.select_bias,
+            groups=self.groups,
+            top_groups=self.top_groups,
+            group_score=self.group_score,
+            normalize=self.normalize,
+            scale=self.scale,
+            policy="all" if expert is not None else self.policy_train if self.training else self.policy_eval,
             threshold=threshold,
             eps=self.eps,
             noise_gates=noise_gates,
@@ -216,7 +290,11 @@ class TopNGating(nn.Module):
             differentiable_topk_fused=self.differentiable_topk_fused,
             straight_through=self.straight_through_dispatch_tensor,
             balance_on=self.balance_on,
+            balance_ranks=self.balance_ranks,
+            balance_over=self.balance_over,
+            counts=counts,
             losses=self.training,
+            stats=self.stats,
         )
 
     def forward(

@@ -37,7 +37,7 @@ class TorchLinear(Linear):
 
 
 class GateLinear(nn.Linear):
-    """The gate's ``nn.Linear``, which has no bias unless one is assigned to it.
+    """The gate's ``nn.Linear``.
 
     On a CPU it is also fast for half types that the processor has no instructions for, and its gradients are one kernel. A
     compiler gets torch's own product where there is a fast one.
@@ -45,6 +45,7 @@ class GateLinear(nn.Linear):
     Args:
         dim: features of a token.
         num_gates: number of experts.
+        bias: whether the logits have a bias, as those of gpt-oss.
         router_dtype: type that the product is computed in and the logits have, whatever autocast and the types of the
             operands are; by default that of autocast, or of ``x`` and the weight, which then must be the same.
         device: of the weight.
@@ -56,11 +57,12 @@ class GateLinear(nn.Linear):
         dim: int,
         num_gates: int,
         *,
+        bias: bool = False,
         router_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_gates, bias=False, device=device, dtype=dtype)
+        super().__init__(dim, num_gates, bias=bias, device=device, dtype=dtype)
         self.router_dtype = router_dtype
 
     def forward(self, x: Tensor) -> Tensor:

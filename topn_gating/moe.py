@@ -1,16 +1,15 @@
 """A Mixture-of-Experts layer on the compact form, with the names of ``st_moe_pytorch.MoE``."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_count, check_instance
 from .experts import Experts, FeedForwards
-from .functional import BalanceOn
 from .gating import TopNGating
-from .ops import Policy
+from .statistics import RoutingStats
 
 
 class MixtureOfExpertsReturn(NamedTuple):
@@ -50,13 +49,12 @@ class MoE(nn.Module):
         dropless: no capacity, and no pair is dropped.
         shared_experts: a module from ``(…, n, dim)`` to the same, whose output is added: experts of every token (DeepSeekMoE,
             arXiv 2401.06066).
-        min_expert_capacity: the least number of slots.
-        policy_train: threshold policy in train mode.
-        policy_eval: threshold policy in eval mode.
-        balance_on: what the balance loss counts.
-        router_dtype: type of the gate's matrix product.
         device: of the parameters.
         dtype: of the parameters.
+        gate_options: any other keyword of :class:`TopNGating`, for example ``score``.
+
+    Attributes:
+        stats: with the gate's option ``stats``, the :class:`RoutingStats` of the last forward pass; else None.
 
     Example::
 
@@ -83,13 +81,9 @@ class MoE(nn.Module):
         *,
         dropless: bool = False,
         shared_experts: nn.Module | None = None,
-        min_expert_capacity: int = 4,
-        policy_train: Policy | None = None,
-        policy_eval: Policy | None = None,
-        balance_on: BalanceOn = "routed",
-        router_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **gate_options: Any,
     ) -> None:
         super().__init__()
         self.dim = check_count("dim", dim)
@@ -113,15 +107,12 @@ class MoE(nn.Module):
             straight_through_dispatch_tensor=straight_through_dispatch_tensor,
             differentiable_topk=differentiable_topk,
             differentiable_topk_fused=differentiable_topk_fused,
-            min_expert_capacity=min_expert_capacity,
             dropless=dropless,
-            policy_train=policy_train,
-            policy_eval=policy_eval,
-            balance_on=balance_on,
-            router_dtype=router_dtype,
             device=device,
             dtype=dtype,
+            **gate_options,
         )
+        self.stats: RoutingStats | None = None
         if experts is None:
             experts = Experts(dim, num_experts, expert_hidden_mult, device=device, dtype=dtype)
         self.experts = experts
@@ -135,13 +126,18 @@ class MoE(nn.Module):
         *,
         token_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        expert: Tensor | None = None,
+        counts: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> MixtureOfExpertsReturn:
         """``outputs, total_aux_loss, balance_loss, router_z_loss`` of tokens ``x`` ``(…, n, dim)``.
 
         Arguments as :meth:`TopNGating.route`. A token that no expert computes has output 0, or that of ``shared_experts``: add
         the residual outside.
         """
-        routing = self.gate.route(x, noise_gates, noise_mult, token_mask=token_mask, generator=generator)
+        routing = self.gate.route(
+            x, noise_gates, noise_mult, token_mask=token_mask, generator=generator, expert=expert, counts=counts
+        )
+        self.stats = None if routing.statistics is None else routing.stats()
         if routing.offsets is None and x.is_cpu and isinstance(self.experts, FeedForwards):
             routing = routing.as_dropless()  # so that no empty slot is multiplied
         rows = routing.dispatch(x)

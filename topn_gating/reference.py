@@ -8,7 +8,7 @@ Symbols in shapes: ``n`` tokens of a group, ``e`` experts, ``k`` ranks (``top_n`
 experts in the dropless layout, ``d`` features.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def gates(s: Tensor, score: Score = "softmax") -> Tensor:
 
 
 def group_scores(q: Tensor, groups: int, group_score: GroupScore = "top2") -> Tensor:
-    """Scores of equal groups of neighbouring experts: the sum of the two largest of ``q`` ``(…, e)`` in each, or the largest."""
+    """Scores of equal groups of neighbouring experts: the sum of the two largest ``q`` ``(…, e)`` of each, or the largest."""
     of_group = q.unflatten(-1, (groups, -1))
     best: Tensor = of_group.topk(min(2 if group_score == "top2" else 1, of_group.shape[-1]), -1).values.sum(-1)
     return best
@@ -239,24 +239,19 @@ def route(
     draws: Tensor | None = None,
     threshold: Tensor | None = None,
     eps: float = 1e-9,
-    noise: Tensor | None = None,
-    noise_mult: float = 1.0,
     token_mask: Tensor | None = None,
-    differentiable_topk: bool = False,
     straight_through: bool = True,
     balance_on: Literal["routed", "kept"] = "routed",
+    balance_ranks: BalanceRanks = "first",
+    balance_over: Literal["group", "batch"] = "group",
+    counts: Tensor | None = None,
+    stats: bool = False,
+    **gate_options: Any,
 ) -> Routing:
-    """All steps from logits ``(…, n, e)`` to a :class:`topn_gating.Routing`, in train mode."""
-    num_gates = logits.shape[-1]
-    weight, expert, importance, counts, balance_loss, z_loss, _ = gate(
-        logits,
-        top_n=top_n,
-        eps=eps,
-        noise=noise,
-        noise_mult=noise_mult,
-        token_mask=token_mask,
-        differentiable_topk=differentiable_topk,
-    )
+    """All steps from logits ``(…, n, e)`` to a :class:`topn_gating.Routing`, in train mode; more options as of ``gate``."""
+    *lead, n, num_gates = logits.shape
+    gate_options |= {"top_n": top_n, "eps": eps, "balance_ranks": balance_ranks}
+    weight, expert, importance, counted, balance_loss, z_loss, statistics = gate(logits, token_mask=token_mask, **gate_options)
     kept, slot, source, demand, offsets = assign(
         weight,
         expert,
@@ -269,10 +264,20 @@ def route(
         eps=eps,
         token_mask=token_mask,
     )
+    if balance_over == "batch":
+        tokens = counted.new_full(lead, n) if token_mask is None else token_mask.sum(-1)
+        importance = (importance * tokens.unsqueeze(-1)).reshape(-1, num_gates).sum(0) / tokens.sum().clamp(min=1)
+        counted = counted.reshape(-1, num_gates).sum(0)
+        balance_loss = balance(importance, counted)
+    if counts is not None:
+        balance_loss = balance(importance, counts)
     if balance_on == "kept":
-        balance_loss = balance(importance, count(expert, num_gates, slot >= 0), counts.sum(-1, keepdim=True))
+        held = count(expert, num_gates, slot >= 0, balance_ranks)
+        held = held.reshape(-1, num_gates).sum(0) if balance_over == "batch" else held
+        balance_loss = balance(importance, held, counted.sum(-1, keepdim=True))
     where = None if capacity is not None else offsets
-    return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through, where)
+    asked_for = statistics if stats else None
+    return Routing(expert, kept, slot, source, demand, balance_loss, z_loss, straight_through, where, asked_for)
 
 
 def by_row(routing: Routing, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,13 @@
 
 namespace topn_gating::binding {
 
+// Returns the enumerator of that number; `last` is the one with the largest.
+template <class Enum>
+Enum choice(const char* name, int64_t number, Enum last) {
+  STD_TORCH_CHECK(number >= 0 && number <= int64_t(last), name, " must be from 0 to ", int64_t(last), ", got ", number);
+  return Enum(number);
+}
+
 // The checked tensors of GateInputs, which it keeps alive while the kernels read them.
 struct CheckedGateInputs {
   GateInputs arguments;
@@ -34,7 +41,6 @@ struct CheckedGateInputs {
 
  private:
   static void check_options(const GateOptions& o, int64_t experts, int64_t top_n) {
-    STD_TORCH_CHECK(o.score >= Score::Softmax && o.score <= Score::SqrtSoftplus, "score must be from 0 to 2, got ", int64_t(o.score));
     STD_TORCH_CHECK(!o.soft || o.score == Score::Softmax, "soft must be false unless score is 0, the softmax");
     STD_TORCH_CHECK(o.expert_groups >= 1 && experts % o.expert_groups == 0, "expert_groups must divide the number of experts (",
                     experts, "), got ", o.expert_groups);
@@ -42,8 +48,6 @@ struct CheckedGateInputs {
                     o.expert_groups, "), got ", o.top_groups);
     STD_TORCH_CHECK(top_n <= o.top_groups * (experts / o.expert_groups), "top_n must be at most the number of experts of top_groups (",
                     o.top_groups * (experts / o.expert_groups), "), got ", top_n);
-    STD_TORCH_CHECK(o.group_score >= GroupScore::Top2 && o.group_score <= GroupScore::Max, "group_score must be from 0 to 1, got ",
-                    int64_t(o.group_score));
   }
 };
 
@@ -55,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     bool all_ranks, bool losses, bool statistics) {
   const Backend backend(logits);
   const CheckedGateInputs inputs(logits, noise, token_mask, top_n,
-                                 {eps, noise_mult, soft, Score(score), expert_groups, top_groups, GroupScore(group_score), normalize,
-                                  scale, all_ranks});
+                                 {eps, noise_mult, soft, choice("score", score, Score::SqrtSoftplus), expert_groups, top_groups,
+                                  choice("group_score", group_score, GroupScore::Max), normalize, scale, all_ranks});
   const ScalarType type = compute_type(logits.scalar_type());
   const auto bias = checked("select_bias", select_bias, logits, {inputs.arguments.experts}, ScalarType::Float);
   const auto chosen = checked("given", given, logits, inputs.pairs, ScalarType::Int);
@@ -95,8 +99,8 @@ Tensor gate_backward(const std::optional<Tensor>& grad_weight, const std::option
   STD_TORCH_CHECK(expert.dim() >= 2, "expert must have shape (..., tokens, top_n)");
   const int64_t top_n = expert.size(expert.dim() - 1);
   const CheckedGateInputs inputs(logits, noise, token_mask, top_n,
-                                 {eps, noise_mult, soft, Score(score), expert_groups, top_groups, GroupScore(group_score), normalize,
-                                  scale, all_ranks});
+                                 {eps, noise_mult, soft, choice("score", score, Score::SqrtSoftplus), expert_groups, top_groups,
+                                  choice("group_score", group_score, GroupScore::Max), normalize, scale, all_ranks});
   const ScalarType type = compute_type(logits.scalar_type());
   const auto gw = checked("grad_weight", grad_weight, logits, inputs.pairs, type);
   const auto gi = checked("grad_importance", grad_importance, logits, inputs.sums, type);

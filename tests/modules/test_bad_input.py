@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import topn_gating
-from topn_gating import GLUExperts, MoE, TopNGating, route
+from topn_gating import GLUExperts, MoE, TopNGating, route, stack_stats, update_select_bias_, with_loss
+from topn_gating.ops import GateOptions
 
 INF, NAN = float("inf"), float("nan")
 
@@ -359,9 +360,76 @@ def test_given_choices(options, error, fragments, dropless):
     check(lambda: route(**{**CHOSEN, "dropless": dropless, **options}), error, *fragments)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", ["weight", "num_gates"])
 def test_logits_beside_given_choices(name):
     check(lambda: routed(**{name: CHOSEN[name]}), ValueError, name, "None", "logits")
+
+
+OF_LOGITS = {"score": "sigmoid", "select_bias": torch.zeros(4), "groups": 2, "top_groups": 1, "normalize": True, "scale": 2.0}
+
+
+@pytest.mark.parametrize("name", [*OF_LOGITS, "counts", "stats"])
+def test_options_of_logits_beside_weights(name):
+    value = OF_LOGITS.get(name, True)
+    check(lambda: route(**CHOSEN, **{name: value}), ValueError, name, "logits")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "fragments"),
+    [
+        ({"score": "tanh"}, ValueError, ["score", "softmax", "sigmoid", "sqrtsoftplus", "'tanh'"]),
+        ({"score": "sigmoid", "differentiable_topk": True}, ValueError, ["score", "differentiable_topk", "'sigmoid'"]),
+        ({"group_score": "mean"}, ValueError, ["group_score", "top2", "max", "'mean'"]),
+        ({"groups": 3}, ValueError, ["groups", "num_gates (4)", "3"]),
+        ({"groups": 2, "top_groups": 3}, ValueError, ["top_groups", "groups (2)", "3"]),
+        ({"groups": 4, "top_groups": 1}, ValueError, ["top_groups", "top_n (2)", "1"]),
+        ({"balance_ranks": "last"}, ValueError, ["balance_ranks", "first", "all", "'last'"]),
+        ({"balance_over": "ranks"}, ValueError, ["balance_over", "group", "batch", "'ranks'"]),
+        *(({name: v}, e, [name, *f]) for name in ("groups", "top_groups") for v, e, *f in COUNTS if v is not None),
+        *(({"scale": v}, e, ["scale", *f]) for v, e, *f in POSITIVES if v is not None),
+    ],
+)
+def test_options_of_the_router(options, error, fragments):
+    check(lambda: routed(**options), error, *fragments)
+    check(lambda: gate(**options), error, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "fragments"),
+    [
+        ({"select_bias": [0.0] * 4}, TypeError, ["select_bias", "torch.float32", "list"]),
+        ({"select_bias": torch.zeros(4).double()}, TypeError, ["select_bias", "torch.float32", "torch.float64"]),
+        ({"select_bias": torch.zeros(5)}, ValueError, ["select_bias", "(4,)", "(5,)"]),
+        ({"select_bias": torch.zeros(4, device="meta")}, ValueError, ["select_bias", "cpu", "meta"]),
+        ({"expert": torch.zeros(2, 6, 2)}, TypeError, ["expert", "int32", "torch.float32"]),
+        ({"expert": torch.zeros(2, 5, 2, dtype=torch.int32)}, ValueError, ["expert", "(2, 6, 2)", "(2, 5, 2)"]),
+        ({"expert": torch.full((2, 6, 2), 4)}, ValueError, ["expert", "-1", "3", "4"]),
+        ({"expert": torch.zeros(2, 6, 2, dtype=torch.int32, device="meta")}, ValueError, ["expert", "cpu", "meta"]),
+        ({"counts": [1] * 4}, TypeError, ["counts", "tensor", "list"]),
+        ({"counts": torch.ones(2, 5)}, ValueError, ["counts", "(2, 4)", "(4,)", "(2, 5)"]),
+        ({"counts": torch.ones(4, device="meta")}, ValueError, ["counts", "cpu", "meta"]),
+        ({"counts": torch.ones(4), "balance_on": "kept"}, ValueError, ["counts", "None", "kept"]),
+    ],
+)
+def test_tensors_of_the_router(options, error, fragments):
+    check(lambda: routed(**options), error, *fragments)
+
+
+def test_balancing():
+    check(lambda: update_select_bias_(torch.zeros(4).double(), torch.ones(4)), TypeError, "bias", "torch.float32")
+    check(lambda: update_select_bias_(torch.zeros(2, 4), torch.ones(4)), ValueError, "bias", "(experts,)")
+    check(lambda: update_select_bias_(torch.zeros(4), torch.ones(5)), ValueError, "load", "(4,)", "(5,)")
+    check(lambda: update_select_bias_(torch.zeros(4), [1.0] * 4), TypeError, "load", "list")
+    check(lambda: update_select_bias_(torch.zeros(4), torch.ones(4), 0.0), ValueError, "rate", "0")
+    check(lambda: with_loss([1.0], torch.ones(())), TypeError, "tensor", "list")
+    check(lambda: with_loss(torch.ones(3), torch.ones(2)), ValueError, "loss", "()", "(2,)")
+    check(lambda: with_loss(torch.ones(3), torch.ones(()), -1.0), ValueError, "scale", "-1")
+
+
+def test_statistics():
+    check(lambda: routed().stats(), ValueError, "stats()", "stats=True")
+    check(lambda: stack_stats([]), ValueError, "layers", "none")
+    check(lambda: stack_stats([routed()]), TypeError, "layers", "RoutingStats", "Routing")
 
 
 @pytest.mark.parametrize("name", ["capacity", "capacity_factor", "min_expert_capacity"])
@@ -400,8 +468,8 @@ MASK, DENSE, SUMS, COUNT = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6,
 SCALAR, ROWS, ENDS = torch.zeros(()), torch.full((64,), -1, dtype=torch.int32), torch.tensor([8, 8, 16, 24], dtype=torch.int32)
 Y_ROWS = torch.zeros(64, 7)
 OPERATORS = {  # by name; after it the layout, if it is not the first
-    "gate": (LOGITS, LOGITS.clone(), MASK, 3, 1e-9, 1.0, False, True),
-    "gate_backward": (WEIGHT, SUMS, SCALAR, SCALAR, LOGITS, LOGITS.clone(), MASK, PAIRS, COUNT, 1e-9, 1.0, False),
+    "gate": (LOGITS, LOGITS.clone(), MASK, torch.zeros(4), PAIRS, 3, *GateOptions(1e-9), True, True),
+    "gate_backward": (WEIGHT, SUMS, SCALAR, SCALAR, LOGITS, LOGITS.clone(), MASK, PAIRS, COUNT, *GateOptions(1e-9)),
     "assign": (WEIGHT, PAIRS, WEIGHT.clone(), torch.zeros(3), MASK, 4, 5, 1, 0, 1e-9),
     "assign dropless": (WEIGHT, PAIRS, WEIGHT.clone(), torch.zeros(3), MASK, 4, None, 8, 0, 1e-9),
     "assign_backward": (WEIGHT, PAIRS),
@@ -473,7 +541,11 @@ def test_results_without_data_have_the_shapes_and_types_of_the_kernels(name):
 @pytest.mark.parametrize(
     ("name", "i", "values", "message"),
     [
-        ("gate", 3, (0, -1, 5, 2**40), "top_n"),
+        ("gate", 5, (0, -1, 5, 2**40), "top_n"),
+        ("gate", 9, (-1, 3, 2**40), "score"),
+        ("gate", 10, (0, -1, 3, 5, 2**40), "expert_groups"),
+        ("gate", 11, (0, -1, 2, 2**40), "top_groups"),
+        ("gate", 12, (-1, 2, 2**40), "group_score"),
         ("assign", 5, (0, -1), "num_gates"),
         ("assign", 6, (0, -1, 2**31, 2**62), "capacity"),
         ("assign", 7, (0, -1, 2**31), "align"),
