@@ -1,5 +1,6 @@
 """What holds for any input (docs/spec.md), searched by Hypothesis; and the same results from every level of the CPU kernels."""
 
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from topn_gating import build_info, reference
-from topn_gating.ops import POLICIES
+from topn_gating.ops import GROUP_SCORES, POLICIES, SCORES
 
 INF, NAN = float("inf"), float("nan")
 BOTH = st.booleans()
@@ -112,6 +113,65 @@ def test_gate_of_any_scores(backend, case):
         assert (out.router_z_loss - z_loss).abs() <= 2e-6 * (z_loss + z_loss.sqrt())
     assert out.balance_loss.isnan() == expected.balance_loss.isnan()
     assert_near(out.balance_loss.nan_to_num(), expected.balance_loss.nan_to_num())
+
+
+@st.composite
+def routers(draw) -> GateCase:
+    """A gate of any options."""
+    case = draw(gates())
+    experts, normal = case.logits.shape[-1], torch.randn(case.logits.shape[-1])
+    groups = draw(st.sampled_from([g for g in (1, 2, 3, 4, 8) if experts % g == 0]))
+    return replace(
+        case,
+        score="softmax" if case.soft else draw(st.sampled_from(SCORES)),
+        bias=draw(st.sampled_from([None, 0.3 * normal, torch.zeros(experts), normal.round(), -1e30 * normal.abs()])),
+        groups=groups,
+        top_groups=draw(st.integers(-(-case.top_n // (experts // groups)), groups)),
+        group_score=draw(st.sampled_from(GROUP_SCORES)),
+        normalize=draw(st.booleans()),
+        scale=draw(st.sampled_from([1.0, 2.5, 0.1])),
+        ranks=draw(st.sampled_from(["first", "all"])),
+        losses=draw(st.booleans()),
+        statistics=draw(st.booleans()),
+    )
+
+
+@given(case=routers())
+def test_gate_of_any_options(backend, case):
+    """The choice is one of open groups; all else is what the reference makes of it, and replays to the bit."""
+    out, experts = case.run(backend), case.logits.shape[-1]
+    ordered = out.expert.sort(-1).values
+    assert (ordered.diff(dim=-1) > 0).all()
+    assert ((ordered >= 0) & (ordered < experts)).all()
+    of_group = (out.expert // (experts // case.groups)).sort(-1).values
+    assert ((of_group.diff(dim=-1) > 0).sum(-1) < case.top_groups).all()
+    chosen = replace(case, given=out.expert)
+    assert_same_bits(chosen.run(backend), out)
+    expected = chosen.oracle()
+    assert_same_bits(out.weight.isnan(), expected.weight.isnan())
+    assert_near(out.weight.nan_to_num(), expected.weight.nan_to_num())
+    if case.losses:
+        assert_same_bits(out.counts, expected.counts)
+        assert_same_bits(out.importance.isnan(), expected.importance.isnan())
+        assert_near(out.importance.nan_to_num(), expected.importance.nan_to_num())
+        assert out.balance_loss.isnan() == expected.balance_loss.isnan()
+        assert_near(out.balance_loss.nan_to_num(), expected.balance_loss.nan_to_num())
+    if case.statistics:
+        entropy, largest, rms = out.statistics
+        assert entropy.isnan() == expected.statistics[0].isnan()
+        assert_near(entropy.nan_to_num(), expected.statistics[0].nan_to_num(), 1 + math.log(experts))
+        assert largest.isnan() == expected.statistics[1].isnan()
+        assert_same_bits(largest.nan_to_num(), expected.statistics[1].to(largest.dtype).nan_to_num())
+        assert rms.isnan() == expected.statistics[2].isnan()
+
+
+@given(case=routers())
+def test_gradient_of_any_options(backend, case):
+    assume(case.logits.isfinite().all() and case.logits.abs().amax(-1).nan_to_num().sum() < 1e4)
+    grads, out = case.random_gradients(), case.run(backend)
+    assume(case.losses)
+    expected = replace(case, given=out.expert).oracle_gradient(grads)
+    assert_near(case.backward(backend, grads, out), expected)
 
 
 @given(row=st.lists(st.floats(width=32), min_size=1, max_size=24), data=st.data())

@@ -37,7 +37,7 @@ def gate_operator(**options) -> Case:
     case = gate_case((2, 5, 4), 3, dtype=DOUBLE, **options)
 
     def function(logits):
-        weight, _, importance, _, balance_loss, z_loss = O.gate(logits, *case.args[1:])
+        weight, _, importance, _, balance_loss, z_loss, _ = O.gate(logits, *case.args[1:])
         return weighted((weight, importance, balance_loss, z_loss))
 
     return Case(function, (case.logits,))
@@ -131,6 +131,8 @@ OPTIONS = {"policy_train": "all", "straight_through_dispatch_tensor": False, "dt
 CASES = {
     "gate": gate_operator,
     "gate, noise, padding, soft": lambda: gate_operator(noise=True, mask=True, soft=True),
+    "gate, sigmoid, bias, groups": lambda: gate_operator(score="sigmoid", bias=True, groups=2, ranks="all"),
+    "gate, given experts": lambda: gate_operator(score="sqrtsoftplus", given=True, mask=True),
     "assign": assign_operator,
     "dense": dense_operator,
     "dispatch": dispatch_operator,
