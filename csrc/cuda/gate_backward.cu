@@ -9,32 +9,48 @@ namespace {
 struct GateBackwardTask {
   GateBackward gate;
   TilePlan plan;
-  double* valid_tokens;  // number of valid tokens of all groups
+  double* valid_tokens;  // (g + 1) number of valid tokens of each group, then of all; where there is a mask
   char* rows;
 };
-constexpr int64_t kValidTokensBytes = 16;  // bytes that valid_tokens takes of the workspace
 
-// Returns the number of valid tokens of a group, in all lanes.
-__device__ __forceinline__ double count_valid_tokens(const GateBackward& a, int64_t group) {
-  if (a.token_mask == nullptr) return double(a.tokens);
-  int count = 0;
-  for (int64_t e = lane_id(); e < a.experts; e += kWarp) count += a.counts[group * a.experts + e];
-  return warp_add(count);
+// Returns the bytes that valid_tokens takes of the workspace.
+int64_t valid_tokens_bytes(const GateBackward& a) {
+  return a.token_mask == nullptr ? 0 : (a.groups + 2) / 2 * 2 * int64_t(sizeof(double));
 }
 
-// Counts the valid tokens of all groups. Runs in a single block.
-__global__ void count_all_valid_tokens(GateBackwardTask task) {
-  const GateBackward& a = task.gate;
-  SIMT_DYN_SMEM(double, counts);
-  double count = 0;
-  for (int64_t i = threadIdx.x; i < a.groups * a.experts; i += blockDim.x) count += a.counts[i];
-  count = warp_sum(count);
-  if (lane_id() == 0) counts[warp_id()] = count;
+// Returns the sum over a block of one number of each thread, in thread 0. `shared` has one place for each warp.
+__device__ __forceinline__ double block_sum(double value, double* shared) {
+  value = warp_sum(value);
+  if (lane_id() == 0) shared[warp_id()] = value;
   __syncthreads();
-  if (threadIdx.x == 0) *task.valid_tokens = sum_warps(counts);
+  return threadIdx.x == 0 ? sum_warps(shared) : 0.0;
 }
 
-template <class T, class RowLayout>
+// Counts the valid tokens of each group, one after another in each block.
+__global__ void count_valid_tokens(GateBackwardTask task) {
+  const GateBackward& a = task.gate;
+  SIMT_DYN_SMEM(double, shared);
+  for (int64_t group = blockIdx.x; group < a.groups; group += gridDim.x) {
+    double count = 0;
+    for (int64_t i = threadIdx.x; i < a.tokens; i += blockDim.x) count += a.token_mask[group * a.tokens + i] ? 1.0 : 0.0;
+    count = block_sum(count, shared);
+    if (threadIdx.x == 0) task.valid_tokens[group] = count;
+    __syncthreads();
+  }
+}
+
+// Adds up the groups' valid tokens. Runs in a single block.
+__global__ void sum_valid_tokens(GateBackwardTask task) {
+  const int64_t groups = task.gate.groups;
+  SIMT_DYN_SMEM(double, shared);
+  double count = 0;
+  for (int64_t group = threadIdx.x; group < groups; group += blockDim.x) count += task.valid_tokens[group];
+  count = block_sum(count, shared);
+  if (threadIdx.x == 0) task.valid_tokens[groups] = count;
+}
+
+// Differentiates tokens; `Softmax` is whether that is the score.
+template <class T, class RowLayout, bool Softmax>
 class Gradient {
  public:
   using Scalar = typename RowLayout::Scalar;
@@ -43,13 +59,16 @@ class Gradient {
 
   __device__ Gradient(const GateBackwardTask& task, char* memory)
       : layout(task.gate.experts), s(memory, layout.count), task_(task), a_(task.gate), q_(memory, layout.count),
-        grad_p_(memory, layout.count), importance_(memory, layout.count) {}
+        grad_p_(memory, layout.count), importance_(memory, layout.count), slope_(memory, Softmax ? 0 : layout.count) {}
 
   __device__ void start_group(int64_t group) {
     const auto* const grad_importance = static_cast<const Weight*>(a_.grad_importance);
-    const double valid_tokens = count_valid_tokens(a_, group);
+    const bool masked = a_.token_mask != nullptr;
+    const double valid_tokens = masked ? task_.valid_tokens[group] : double(a_.tokens);
+    int counted = 0;
+    for (int64_t e = lane_id(); e < a_.experts; e += kWarp) counted += a_.counts[group * a_.experts + e];
     const ImportanceGradient gradient(scalar_gradient(a_.grad_balance_loss), a_.experts, a_.groups,
-                                      GroupShares(valid_tokens, valid_tokens));
+                                      GroupShares(valid_tokens, warp_add(counted)));
     TOPN_UNROLL_BY(RowLayout::unroll)
     for (int i = 0; i < layout.count; ++i) {
       importance_[i] = 0;
@@ -59,7 +78,7 @@ class Gradient {
     }
     z_scale_ = scalar_gradient(a_.grad_router_z_loss);
     if (z_scale_ != 0) {
-      z_scale_ = z_loss_scale(z_scale_, a_.token_mask == nullptr ? double(a_.groups * a_.tokens) : *task_.valid_tokens);
+      z_scale_ = z_loss_scale(z_scale_, masked ? task_.valid_tokens[a_.groups] : double(a_.groups * a_.tokens));
     }
   }
 
@@ -67,7 +86,13 @@ class Gradient {
   __device__ __forceinline__ void differentiate(int64_t token, bool in_tile) {
     const bool valid = is_valid(a_, token);
     const bool blank = a_.token_mask != nullptr && !has_gradient(token) && !valid;
-    auto lse = softmax(layout, s);
+    LogSumExp<Scalar> lse{};
+    Scalar sum{};
+    if constexpr (Softmax) {
+      lse = softmax(layout, s);
+    } else {
+      sum = score_gates_of(a_.score, layout, s, [&](int i, Scalar slope) { slope_[i] = slope; });
+    }
     if (a_.grad_weight == nullptr) {
       clear(grad_p_);
     } else if constexpr (std::is_same_v<Scalar, float>) {
@@ -77,9 +102,14 @@ class Gradient {
     } else {
       through_gates(token);
     }
-    softmax_backward(layout, s, [&](int i) { return valid ? importance_[i] : Scalar(0); }, grad_p_);
+    const auto importance = [&](int i) { return valid ? importance_[i] : Scalar(0); };
+    if constexpr (Softmax) {
+      softmax_backward(layout, s, importance, grad_p_);
+    } else {
+      score_gates_backward(layout, s, slope_, sum, a_.eps, importance, grad_p_);
+    }
     if (z_scale_ != 0) {
-      if (a_.noise != nullptr) {
+      if (!Softmax || a_.noise != nullptr) {
         layout.load(logits_of<T>(a_, token), task_.plan.aligned16, s);
         lse = softmax(layout, s);
       }
@@ -107,10 +137,10 @@ class Gradient {
   __device__ __forceinline__ double grad_weight(int64_t token, int64_t k) const {
     return double(static_cast<const Weight*>(a_.grad_weight)[token * a_.top_n + k]);
   }
-  // Indices that a caller made up stay inside the row.
+  // Returns the expert of a rank, -1 where there is none.
   __device__ __forceinline__ int expert(int64_t token, int64_t k) const {
     const int32_t given = a_.expert[token * a_.top_n + k];
-    return given >= 0 && given < layout.experts ? given : 0;
+    return given >= 0 && given < layout.experts ? given : -1;
   }
 
   __device__ __forceinline__ bool has_gradient(int64_t token) const {
@@ -134,9 +164,16 @@ class Gradient {
   }
 
   __device__ void through_gates(int64_t token) {
-    const auto to_v = through_weights(token, [&](int64_t k) { return double(layout.at(s, expert(token, k))); });
+    const auto to_v = through_weights(token, [&](int64_t k) {
+      const int chosen = expert(token, k);
+      const Scalar v = layout.at(s, chosen < 0 ? 0 : chosen);
+      return chosen < 0 ? 0.0 : double(v);
+    });
     clear(grad_p_);
-    for (int64_t k = 0; k < a_.top_n; ++k) layout.add(grad_p_, expert(token, k), Scalar(to_v(grad_weight(token, k))));
+    for (int64_t k = 0; k < a_.top_n; ++k) {
+      const int chosen = expert(token, k);
+      if (chosen >= 0) layout.add(grad_p_, chosen, Scalar(to_v(grad_weight(token, k))));
+    }
   }
 
   __device__ void through_soft(int64_t token) {
@@ -144,9 +181,13 @@ class Gradient {
       TOPN_UNROLL_BY(RowLayout::unroll)
       for (int i = 0; i < layout.count; ++i) q_[i] = s[i];
       const SoftTopN<double> soft(layout, layout.experts, int(a_.top_n), q_);
-      const auto to_v = through_weights(token, [&](int64_t k) { return soft.score(layout.at(q_, expert(token, k))); });
-      soft.backward(layout, q_, int(a_.top_n), [&](int k) { return expert(token, k); },
-                    [&](int k) { return to_v(grad_weight(token, k)); }, grad_p_);
+      const auto in_row = [&](int64_t k) { return expert(token, k) < 0 ? 0 : expert(token, k); };
+      const auto to_v = through_weights(token, [&](int64_t k) {
+        const double score = soft.score(layout.at(q_, in_row(k)));
+        return expert(token, k) < 0 ? 0.0 : score;
+      });
+      soft.backward(layout, q_, int(a_.top_n), in_row,
+                    [&](int k) { return expert(token, k) < 0 ? 0.0 : to_v(grad_weight(token, k)); }, grad_p_);
     }
   }
 
@@ -154,14 +195,15 @@ class Gradient {
   const GateBackward& a_;
   Row q_, grad_p_;
   Row importance_;  // the group's ImportanceGradient
+  Row slope_;       // derivatives of gates other than a softmax
   double z_scale_;  // z_loss_scale of all groups
 };
 
-template <class T, class RowLayout>
+template <class T, class RowLayout, bool Softmax>
 __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>)
     gate_backward_tokens(GateBackwardTask task) {
   const GateBackward& a = task.gate;
-  Gradient<T, RowLayout> gradient(task, task.rows + blockIdx.x * task.plan.row_bytes);
+  Gradient<T, RowLayout, Softmax> gradient(task, task.rows + blockIdx.x * task.plan.row_bytes);
   for (int64_t index = blockIdx.x; index < task.plan.count; index += gridDim.x) {
     const Tile tile(task.plan, index, a.tokens);
     gradient.start_group(tile.group);
@@ -172,42 +214,46 @@ __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowL
   }
 }
 
-template <class T, class RowLayout>
-GateBackwardTask task_of(const GateBackward& a, T* /*element*/, RowLayout* /*layout*/) {
+template <class T, class RowLayout, bool General>
+GateBackwardTask task_of(const GateBackward& a, T* /*element*/, RowLayout* /*layout*/, std::bool_constant<General> /*general*/) {
   const bool aligned16 = is_aligned16(a.experts * sizeof(T), a.logits, a.grad_logits);
-  const int64_t bytes_per_expert = 4 * sizeof(typename RowLayout::Scalar);
+  const int64_t bytes_per_expert = (General ? 5 : 4) * sizeof(typename RowLayout::Scalar);
   GateBackwardTask task{a, plan_tiles<RowLayout>(a, bytes_per_expert, aligned16), nullptr, nullptr};
   task.valid_tokens = static_cast<double*>(a.workspace);
-  task.rows = static_cast<char*>(a.workspace) + kValidTokensBytes;
+  task.rows = static_cast<char*>(a.workspace) + valid_tokens_bytes(a);
   return task;
 }
 
-template <class T, class RowLayout>
-cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream, T* element, RowLayout* layout) {
-  const GateBackwardTask task = task_of(a, element, layout);
-  if (a.grad_router_z_loss != nullptr && a.token_mask != nullptr) {
-    const unsigned warps = SIMT_BLOCK_THREADS / kWarp;
-    const auto kernel = count_all_valid_tokens;
-    const cudaError_t error = SIMT_LAUNCH(kernel, 1u, warps * kWarp, warps * sizeof(double), stream, task);
+template <class T, class RowLayout, bool General>
+cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream, T* element, RowLayout* layout,
+                                 std::bool_constant<General> general) {
+  const GateBackwardTask task = task_of(a, element, layout, general);
+  if (a.token_mask != nullptr) {
+    const unsigned warps = SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::clamp<int64_t>(a.groups, 1, 1024));
+    const auto count = count_valid_tokens, sum = sum_valid_tokens;
+    cudaError_t error = SIMT_LAUNCH(count, blocks, warps * kWarp, warps * sizeof(double), stream, task);
+    if (error == cudaSuccess) error = SIMT_LAUNCH(sum, 1u, warps * kWarp, warps * sizeof(double), stream, task);
     if (error != cudaSuccess) return error;
   }
-  const auto kernel = gate_backward_tokens<T, RowLayout>;
+  const auto kernel = gate_backward_tokens<T, RowLayout, !General>;
   return SIMT_LAUNCH(kernel, task.plan.grid, task.plan.block, 0, stream, task);
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const GateBackward& a) {
-  int64_t bytes = kValidTokensBytes;
-  with_row(a, [&](auto* element, auto* layout) {
-    bytes += task_of(a, element, layout).plan.memory_bytes();
+  int64_t bytes = valid_tokens_bytes(a);
+  with_row(a, a.score != Score::Softmax, [&](auto* element, auto* layout, auto general) {
+    bytes += task_of(a, element, layout, general).plan.memory_bytes();
     return cudaSuccess;
   });
   return bytes;
 }
 
 cudaError_t run(const GateBackward& a, cudaStream_t stream) {
-  return with_row(a, [&](auto* element, auto* layout) { return launch_gate_backward(a, stream, element, layout); });
+  return with_row(a, a.score != Score::Softmax, [&](auto* element, auto* layout, auto general) {
+    return launch_gate_backward(a, stream, element, layout, general);
+  });
 }
 
 }  // namespace topn_gating::cuda

@@ -187,6 +187,7 @@ struct WarpLayout : ValueCount<Count> {
   static __device__ __forceinline__ int32_t as_int(float v) { return __float_as_int(v); }
   static __device__ __forceinline__ int64_t as_int(double v) { return __double_as_longlong(v); }
   static __device__ __forceinline__ float as_float(int32_t bits) { return __int_as_float(bits); }
+  static __device__ __forceinline__ double as_float(int64_t bits) { return __longlong_as_double(bits); }
   static __device__ __forceinline__ float to_float(int32_t n) { return float(n); }
   static __device__ __forceinline__ Scalar exp(Scalar d, Scalar error) {
     if constexpr (std::is_same_v<Scalar, float>) {
@@ -201,6 +202,20 @@ struct WarpLayout : ValueCount<Count> {
       return log_float<WarpLayout>(u);
     } else {
       return ::log(u);
+    }
+  }
+  static __device__ __forceinline__ Scalar log1p(Scalar t) {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      return log1p_float(t);
+    } else {
+      return ::log1p(t);
+    }
+  }
+  static __device__ __forceinline__ Scalar sqrt(Scalar x) {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      return sqrt_float<WarpLayout>(x);
+    } else {
+      return ::sqrt(x);
     }
   }
 };

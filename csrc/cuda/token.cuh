@@ -96,12 +96,24 @@ auto with_layout(int64_t experts, int64_t top_n, bool soft, const F& f) {
   }
 }
 
-// Calls f with null pointers whose types are the element type and the layout of the rows.
+// The same for the kernels of any router, whose rows are shared by a whole warp each.
+template <class T, class F>
+auto with_general_layout(int64_t experts, bool soft, const F& f) {
+  const auto call = [&](auto* layout) { return f(layout); };
+  if constexpr (!std::is_same_v<T, double>) {
+    if (!soft) return experts <= 256 ? call((WarpLayout<float, 32, 8, 1>*)nullptr) : call((WarpLayout<float, 32, 0, 1>*)nullptr);
+  }
+  return experts <= 256 ? call((WarpLayout<double, 32, 8, 1>*)nullptr) : call((WarpLayout<double, 32, 0, 1>*)nullptr);
+}
+
+// Calls f with null pointers whose types are the element type and the layout of the rows, and with `general` as a constant: whether
+// the kernel is that of any router, not only of the softmax's largest scores.
 template <class F>
-cudaError_t with_row(const GateInputs& a, const F& f) {
+cudaError_t with_row(const GateInputs& a, bool general, const F& f) {
   return with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    return with_layout<T>(a.experts, a.top_n, a.soft, [&](auto* layout) { return f(element, layout); });
+    if (general) return with_general_layout<T>(a.experts, a.soft, [&](auto* layout) { return f(element, layout, std::true_type{}); });
+    return with_layout<T>(a.experts, a.top_n, a.soft, [&](auto* layout) { return f(element, layout, std::false_type{}); });
   });
 }
 
@@ -117,6 +129,14 @@ __device__ __forceinline__ bool is_valid(const GateInputs& a, int64_t token) {
 template <class Scalar>
 __device__ __forceinline__ double value_of(const LogSumExp<Scalar>& lse) {
   return double(lse.max) + ::log(double(lse.sum));
+}
+
+// Turns scores into gates other than a softmax, in place, and returns their sum. Writes each derivative by slope(i, value).
+template <class RowLayout, class Row, class Slope>
+__device__ __forceinline__ typename RowLayout::Scalar score_gates_of(Score score, const RowLayout& layout, Row& s,
+                                                                     const Slope& slope) {
+  return score == Score::Sigmoid ? score_gates<Score::Sigmoid>(layout, s, slope)
+                                 : score_gates<Score::SqrtSoftplus>(layout, s, slope);
 }
 
 // docs/spec.md, step 3: turns logits into scores, in place.
