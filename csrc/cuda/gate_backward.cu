@@ -26,17 +26,17 @@ __device__ __forceinline__ double block_sum(double value, double* shared) {
   return threadIdx.x == 0 ? sum_warps(shared) : 0.0;
 }
 
-// Counts the valid tokens of each group, one after another in each block.
+// Counts the valid tokens of a group in each block.
 __global__ void count_valid_tokens(GateBackwardTask task) {
   const GateBackward& a = task.gate;
+  const int64_t group = blockIdx.x;
   SIMT_DYN_SMEM(double, shared);
-  for (int64_t group = blockIdx.x; group < a.groups; group += gridDim.x) {
-    double count = 0;
-    for (int64_t i = threadIdx.x; i < a.tokens; i += blockDim.x) count += a.token_mask[group * a.tokens + i] ? 1.0 : 0.0;
-    count = block_sum(count, shared);
-    if (threadIdx.x == 0) task.valid_tokens[group] = count;
-    __syncthreads();
+  double count = 0;
+  for (int64_t i = threadIdx.x; i < a.tokens && group < a.groups; i += blockDim.x) {
+    count += a.token_mask[group * a.tokens + i] ? 1.0 : 0.0;
   }
+  count = block_sum(count, shared);
+  if (threadIdx.x == 0 && group < a.groups) task.valid_tokens[group] = count;
 }
 
 // Adds up the groups' valid tokens. Runs in a single block.
@@ -229,7 +229,8 @@ cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream, T* 
                                  std::bool_constant<General> general) {
   const GateBackwardTask task = task_of(a, element, layout, general);
   if (a.token_mask != nullptr) {
-    const unsigned warps = SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::clamp<int64_t>(a.groups, 1, 1024));
+    if (a.groups > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+    const unsigned warps = SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::max<int64_t>(a.groups, 1));
     const auto count = count_valid_tokens, sum = sum_valid_tokens;
     cudaError_t error = SIMT_LAUNCH(count, blocks, warps * kWarp, warps * sizeof(double), stream, task);
     if (error == cudaSuccess) error = SIMT_LAUNCH(sum, 1u, warps * kWarp, warps * sizeof(double), stream, task);

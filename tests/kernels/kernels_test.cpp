@@ -146,8 +146,8 @@ class Suite {
   }
 
   // Return the most launches that a call of the kernel may need.
-  static int64_t most_launches(const Gate& a) { return a.losses ? 2 : 1; }
-  static int64_t most_launches(const GateBackward&) { return 2; }
+  static int64_t most_launches(const Gate& a) { return 1 + (a.losses ? 1 : 0) + (a.statistics != nullptr ? 1 : 0); }
+  static int64_t most_launches(const GateBackward& a) { return a.token_mask != nullptr ? 3 : 1; }
   template <class Args>
   static int64_t most_launches(const Args&) {
     return 1;
@@ -227,6 +227,23 @@ void gate_sizes(Suite& suite) {
   }
 }
 
+// Runs gate for any router, in every row layout. The entropy of one expert is rounding alone.
+void any_router(Suite& suite) {
+  for (const DType dtype : kDTypes) {
+    for (const int64_t experts : kExperts) {
+      for (const bool soft : {false, true}) {
+        if (experts == 1) continue;
+        Case c{dtype, 2, 23, experts, std::min<int64_t>(experts, 3)};
+        c.soft = soft;
+        c.any_router = c.mask = true;
+        run_gates(suite, c);
+        c.noise = c.given = true;
+        run_gates(suite, c);
+      }
+    }
+  }
+}
+
 void quick_gates(Suite& suite) {
   Case c{DType::F32, 2, 150, 40, 2};
   c.mask = c.noise = true;
@@ -242,6 +259,12 @@ void quick_gates(Suite& suite) {
   c = {DType::F32, 3, 60, 64, 17};  // so many ranks that rows are kept in memory, not in registers
   c.multiprocessors = 1;
   run_gates(suite, c, true);
+  c = {DType::F32, 2, 90, 48, 3};
+  c.any_router = c.mask = true;
+  run_gates(suite, c, true);
+  c.experts = 300;  // rows in memory
+  run_gates(suite, c, true);
+  c = {DType::F32, 3, 60, 64, 17};
   c.groups = 70, c.tokens = 2;  // several tiles to a block
   c.mask = true;
   run_gates(suite, c, true);
@@ -419,6 +442,7 @@ int main(int argc, char** argv) {
   // the order of sums.
   if (!suite.cpu_alone()) setenv("TOPN_GATING_CPU_LEVEL", "baseline", 1);
   quick_gates(suite);
+  any_router(suite);
   gate_sizes(suite);
   gate_layouts(suite);
   assign_cases(suite);

@@ -95,7 +95,15 @@ Buffer mask_of(const Problem& p) {
 }
 
 GateInputs gate_inputs(const Problem& p) {
-  return {p.sizes(), {p.c.eps, 1, p.c.soft, Score::Softmax, 1, 1, GroupScore::Top2, p.c.top_n > 1, 1, false}, p.c.dtype};
+  const Case& c = p.c;
+  GateOptions options{c.eps, 1, c.soft, Score::Softmax, 1, 1, GroupScore::Top2, c.top_n > 1, 1, false};
+  if (c.any_router) {
+    options.score = c.soft ? Score::Softmax : c.experts % 3 == 0 ? Score::SqrtSoftplus : Score::Sigmoid;
+    options.scale = 2.5;
+    options.all_ranks = true;
+    if (c.experts % 4 == 0 && c.top_n <= c.experts / 2) options.expert_groups = 4, options.top_groups = 2;
+  }
+  return {p.sizes(), options, c.dtype};
 }
 
 template <class Args>
@@ -121,6 +129,12 @@ void gate(Call& call, const Case& c) {
   Gate& a = call.arguments(Gate{gate_inputs(p)});
   a.losses = c.losses;
   add_gate_inputs(call, a, p);
+  if (c.any_router) {
+    call.input(a.select_bias, p.buffer(Type::F32, c.experts, [&](int64_t) { return double(p.random.below(16)) / 16; }));
+  }
+  if (c.given) {
+    call.input(a.given, p.buffer(Type::I32, p.pairs, [&](int64_t) { return double(p.random.below(c.experts + 2)) - 1; }));
+  }
   // Backends sum a row in different orders, whose errors add up if all gates are equal. The soft top-n magnifies the differences,
   // but computes in double.
   const Bound sums{10 + double(c.experts) / 24};
@@ -131,6 +145,7 @@ void gate(Call& call, const Case& c) {
   call.output(a.counts, "counts", Type::I32, p.group_experts);
   call.output(a.balance_loss, "balance_loss", p.compute_type, 1, p.close(), sums);
   call.output(a.router_z_loss, "router_z_loss", p.compute_type, 1, p.close(), sums);
+  if (c.any_router) call.output(a.statistics, "statistics", p.compute_type, 3, p.close(), sums);
   call.workspace(a.workspace);
 }
 

@@ -24,6 +24,8 @@ struct Case {
   double eps = 1e-9;
   bool aligned = true;  // whether tensors start at addresses that are multiples of 64
   bool soft = false, losses = true, noise = false, mask = false;
+  bool any_router = false;  // whether gate has a sigmoid, a bias, expert groups where these divide the experts, and statistics
+  bool given = false;       // whether gate has given experts
   bool perturbed = false;  // whether some experts, slots, sources and offsets are replaced by others, also out of range
   bool dropless = false;   // whether the experts' rows have the dropless layout, which has one group and no capacity
   int64_t align = 1;       // divisor of each expert's number of rows there
@@ -36,7 +38,7 @@ struct Case {
   int multiprocessors = 3;   // number that the emulated device has
 
   // Returns whether the plain loops can compute the case.
-  bool has_reference() const { return !soft && logits != Logits::Special; }
+  bool has_reference() const { return !soft && !any_router && !given && logits != Logits::Special; }
 };
 const char* name_of(DType);
 

@@ -205,18 +205,18 @@ void run(const GateBackward& a) {
     std::vector<double> grad_gates(size_t(a.experts));
 
     // w_k = v_k / max(Σ v, eps) with v_k = gates[expert_k]; w_0 = v_0 where there is one rank.
-    std::vector<int64_t> chosen;
+    std::vector<int64_t> routed;  // pairs of the token that have an expert
     double sum = 0, mean = 0;
     for (int64_t pair = token * a.top_n; pair < (token + 1) * a.top_n; ++pair) {
-      const int64_t e = a.expert[pair];
-      chosen.push_back(e < 0 || e >= a.experts ? 0 : e);
-      sum += t.gates[chosen.back()];
+      if (a.expert[pair] < 0 || a.expert[pair] >= a.experts) continue;
+      routed.push_back(pair);
+      sum += t.gates[a.expert[pair]];
     }
     const double denominator = a.top_n == 1 ? 1 : std::max(sum, a.eps);
-    for (int64_t k = 0; k < a.top_n && a.top_n > 1 && sum > a.eps; ++k) {
-      mean += grad_weight[token * a.top_n + k] * t.gates[chosen[k]] / sum;
+    if (a.top_n > 1 && sum > a.eps) {
+      for (const int64_t pair : routed) mean += grad_weight[pair] * t.gates[a.expert[pair]] / sum;
     }
-    for (int64_t k = 0; k < a.top_n; ++k) grad_gates[chosen[k]] += (grad_weight[token * a.top_n + k] - mean) / denominator;
+    for (const int64_t pair : routed) grad_gates[a.expert[pair]] += (grad_weight[pair] - mean) / denominator;
 
     // importance = Σ gates / valid and balance_loss = e / g · Σ importance · counts / valid, over valid tokens.
     for (int64_t e = 0; e < a.experts && is_valid(a, token); ++e) {
