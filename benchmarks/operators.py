@@ -142,6 +142,7 @@ class Problem:
         e, options = self.shape.e, GateOptions(EPS)._asdict()
         optional = {"noise": None, "token_mask": None}
         if name == "gate":
+            optional |= {"select_bias": None, "given": None}
             return {"logits": self.logits, "top_n": self.shape.k, "losses": True, "statistics": False, **optional, **options}
         if name == "gate_backward":
             one = torch.ones((), device=self.device, dtype=self.compute_dtype)

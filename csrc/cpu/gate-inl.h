@@ -1,4 +1,5 @@
-// docs/spec.md, steps 3 to 6, 10 and 11, on the CPU. A vector has one token in each lane, and their rows fit the first-level cache.
+// docs/spec.md, steps 3 to 6, 10 and 11, on the CPU. A vector has one token in each lane, and their rows fit the first-level
+// cache.
 #pragma once
 
 #include "cpu/parallel.h"

@@ -77,7 +77,8 @@ struct Tokens {
 
 // Turns the scores of a token in each lane into gates other than a softmax, in place, and returns their sums.
 template <class Scalar, class Slope>
-TOPN_INLINE Vector<Scalar> score_gates_of(Score score, const VectorLayout<Scalar>& layout, Vector<Scalar>* s, const Slope& slope) {
+TOPN_INLINE Vector<Scalar> score_gates_of(Score score, const VectorLayout<Scalar>& layout, Vector<Scalar>* s,
+                                          const Slope& slope) {
   return score == Score::Sigmoid ? score_gates<Score::Sigmoid>(layout, s, slope)
                                  : score_gates<Score::SqrtSoftplus>(layout, s, slope);
 }

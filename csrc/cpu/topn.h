@@ -6,9 +6,9 @@
 
 namespace topn_gating::cpu::TOPN_LEVEL {
 
-// Finds the indices of the highest of the keys key_of(0) … key_of(count - 1), best first, ties to the lower index: inserts each key
-// in turn into a sorted list of top_n entries. `Ranks` is the length of the list where it is known to the compiler, which then keeps
-// it in registers, or 0.
+// Finds the indices of the highest of the keys key_of(0) … key_of(count - 1), best first, ties to the lower index: inserts each
+// key in turn into a sorted list of top_n entries. `Ranks` is the length of the list where it is known to the compiler, which then
+// keeps it in registers, or 0.
 template <int Ranks, class Key, class KeyOf>
 TOPN_INLINE void insert_keys(const KeyOf& key_of, int count, int top_n, Key* keys, Key* indices) {
   using Int = std::remove_reference_t<decltype(keys[0][0])>;

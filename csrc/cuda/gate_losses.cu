@@ -1,5 +1,5 @@
-// docs/spec.md, steps 10 and 11, on a GPU: adds the sums of tiles to those of groups, and these to the losses and statistics, in a
-// fixed order.
+// docs/spec.md, steps 10 and 11, on a GPU: adds the sums of tiles to those of groups, and these to the losses and statistics, in
+// a fixed order.
 #include "cuda/gate_sums.cuh"
 
 namespace topn_gating::cuda {

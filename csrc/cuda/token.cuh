@@ -106,13 +106,15 @@ auto with_general_layout(int64_t experts, bool soft, const F& f) {
   return experts <= 256 ? call((WarpLayout<double, 32, 8, 1>*)nullptr) : call((WarpLayout<double, 32, 0, 1>*)nullptr);
 }
 
-// Calls f with null pointers whose types are the element type and the layout of the rows, and with `general` as a constant: whether
-// the kernel is that of any router, not only of the softmax's largest scores.
+// Calls f with null pointers whose types are the element type and the layout of the rows, and with `general` as a constant:
+// whether the kernel is that of any router, not only of the softmax's largest scores.
 template <class F>
 cudaError_t with_row(const GateInputs& a, bool general, const F& f) {
   return with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    if (general) return with_general_layout<T>(a.experts, a.soft, [&](auto* layout) { return f(element, layout, std::true_type{}); });
+    if (general) {
+      return with_general_layout<T>(a.experts, a.soft, [&](auto* layout) { return f(element, layout, std::true_type{}); });
+    }
     return with_layout<T>(a.experts, a.top_n, a.soft, [&](auto* layout) { return f(element, layout, std::false_type{}); });
   });
 }

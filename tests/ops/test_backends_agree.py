@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topn_gating.ops import POLICIES
+from topn_gating.ops import POLICIES, SCORES
 
 INF, NAN = float("inf"), float("nan")
 COMPUTE_TYPES = st.sampled_from([torch.float32, torch.float64])
@@ -74,13 +74,27 @@ def assert_agree(other: Backend, name: str, *args, linear: bool = False) -> None
 def test_gate(other, data):
     lead, experts, top_n = data.draw(sizes(20, 40, 6))
     options = {option: data.draw(BOTH) for option in ("noise", "mask", "soft", "losses")}
-    case = gate_case((*lead, experts), top_n, dtype=data.draw(TYPES), **options)
+    case = gate_case((*lead, experts), top_n, dtype=data.draw(TYPES), statistics=False, **options)
     case.logits, case.noise = spoil(case.logits), None if case.noise is None else spoil(case.noise)
     assert_agree(other, "gate", *case.args)
     grads = [spoil(g) if data.draw(BOTH) else None for g in case.random_gradients()]
     out = case.run(CPU)
     saved = case.logits, case.noise, case.mask, out.expert, out.counts
-    assert_agree(other, "gate_backward", *grads, *saved, case.eps, case.noise_mult, case.soft)
+    assert_agree(other, "gate_backward", *grads, *saved, *case.options)
+
+
+@others
+@given(data=st.data())
+def test_gate_of_any_router(other, data):
+    """Bit-equal experts where selection scores are those of the logits or are given: elsewhere rounding may make ties."""
+    lead, experts, top_n = data.draw(sizes(20, 40, 6))
+    options = {option: data.draw(BOTH) for option in ("noise", "mask", "given", "normalize", "losses", "statistics")}
+    options |= {"score": data.draw(st.sampled_from(SCORES)), "ranks": data.draw(st.sampled_from(["first", "all"]))}
+    case = gate_case((*lead, experts), top_n, dtype=data.draw(TYPES), **options)
+    assert_agree(other, "gate", *case.args)
+    grads = [spoil(g) if data.draw(BOTH) else None for g in case.random_gradients()]
+    out = case.run(CPU)
+    assert_agree(other, "gate_backward", *grads, case.logits, case.noise, case.mask, out.expert, out.counts, *case.options)
 
 
 @others
