@@ -154,7 +154,7 @@ class Problem:
                 policy, draws, threshold = "all", None, None
             arguments = {"weight": self.weight, "expert": self.expert, "draws": draws, "threshold": threshold}
             sizes = {"num_gates": e, "capacity": self.capacity, "align": 1, "policy": POLICIES.index(policy), "eps": EPS}
-            return {**arguments, "token_mask": None, **sizes}
+            return {**arguments, "token_mask": None, "keys": None, **sizes}
         if name == "assign_backward":
             return {"grad_kept": self.weight, "slot": self.slot}
         rows = {"expert": self.expert, "slot": self.slot, "source": self.source}

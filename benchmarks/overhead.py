@@ -49,7 +49,7 @@ def calls() -> Iterator[tuple[str, Forward, Sequence[Tensor]]]:
     yield "ops.gate", lambda: Gate.call(logits, *(None,) * 4, SHAPE.k, *GateOptions(EPS), True, False), [logits]
     yield (
         "ops.assign",
-        lambda: Assign.call(*top, draws, threshold, None, SHAPE.e, ours.problem.capacity, 1, 0, EPS),
+        lambda: Assign.call(*top, draws, threshold, None, None, SHAPE.e, ours.problem.capacity, 1, 0, EPS),
         [top[0]],
     )
     yield "dispatch", lambda: (topn_gating.dispatch(x, routing),), [x]

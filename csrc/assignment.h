@@ -1,6 +1,9 @@
 // Which pair holds which slot, the same on every backend: see Assignment in router.h.
 #pragma once
 
+#include <cstring>
+#include <limits>
+
 #include "inline.h"
 #include "router.h"
 
@@ -14,6 +17,20 @@ TOPN_INLINE bool is_below_probability(T draw, T weight, T threshold, T eps) {
 template <class T>
 TOPN_INLINE bool is_above_threshold(T weight, T threshold) {
   return weight > threshold;
+}
+
+// docs/spec.md, step 8: a key as an integer of the same order. 0 and -0 are equal, and NaN is below all numbers.
+TOPN_INLINE int32_t order_of(float key) {
+  const float number = key + 0.0f;  // -0 becomes 0
+  int32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return key == key ? bits ^ (bits >> 31 & 0x7fffffff) : std::numeric_limits<int32_t>::min();
+}
+TOPN_INLINE int64_t order_of(double key) {
+  const double number = key + 0.0;
+  int64_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return key == key ? bits ^ (bits >> 63 & 0x7fffffffffffffff) : std::numeric_limits<int64_t>::min();
 }
 
 // Returns the index over all groups of the row of an expert's slot in a group, or -1 where the expert has no such slot.

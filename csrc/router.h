@@ -111,7 +111,7 @@ struct AssignOptions {
 
 // Values of `slot` for pairs that hold no slot.
 constexpr int32_t kBelowThreshold = -1;  // pairs that are not routed
-constexpr int32_t kOverCapacity = -2;    // routed pairs that came after the expert's slots were taken
+constexpr int32_t kOverCapacity = -2;    // routed pairs for which the expert has no slot left
 
 // docs/spec.md, steps 7 and 8: which pairs are routed, and which slots they get.
 struct Assign : RoutingSizes, AssignOptions {
@@ -121,6 +121,8 @@ struct Assign : RoutingSizes, AssignOptions {
   const void* draws = nullptr;       // (g, n, k) uniform in [0, 1); null unless Policy::Random
   const void* threshold = nullptr;   // (k); null unless Policy::Random or Policy::Threshold
   const bool* token_mask = nullptr;  // (g, n) true where the token is valid; null: all are
+  const void* keys = nullptr;        // (g, n, k) of the weights' type: where an expert has too few slots, its pairs with the largest
+                                     // keys hold them; null: its first pairs. Null in the dropless layout
   void* kept = nullptr;              // (g, n, k) the weight of each pair that holds a slot, 0 for others
   int32_t* slot = nullptr;           // (g, n, k) the slot that each pair holds, or kBelowThreshold or kOverCapacity
   int32_t* source = nullptr;         // (g, e, C) or (R) token * top_n + rank of the group's pair that holds the row; -1: free

@@ -233,13 +233,14 @@ class AssignCase:
     draws: Tensor | None = None
     threshold: Tensor | None = None
     mask: Tensor | None = None
+    keys: Tensor | None = None
     eps: float = EPS
     align: int = 1
 
     @property
     def args(self) -> tuple:
         policy = POLICIES.index(self.policy)
-        tensors = self.weight, self.expert, self.draws, self.threshold, self.mask
+        tensors = self.weight, self.expert, self.draws, self.threshold, self.mask, self.keys
         return *tensors, self.num_gates, self.capacity, self.align, policy, self.eps
 
     def run(self, backend: Backend) -> AssignResult:
@@ -261,9 +262,13 @@ def assign_case(
     *,
     dtype=torch.float32,
     mask=False,
+    keys=False,
     align=1,
 ) -> AssignCase:
-    """Tokens ``lead`` (groups and positions) on experts of uneven popularity, so that some overflow and some stay empty."""
+    """Tokens ``lead`` (groups and positions) on experts of uneven popularity, so that some overflow and some stay empty.
+
+    ``keys``: some of them equal, negative, zero of either sign or no numbers.
+    """
     scores = torch.randn((*lead, num_gates), dtype=dtype) + 2 * torch.rand(num_gates, dtype=dtype)
     weight, expert = scores.softmax(-1).topk(top_n, dim=-1)
     return AssignCase(
@@ -275,8 +280,16 @@ def assign_case(
         draws=torch.rand(weight.shape, dtype=dtype) if policy == "random" else None,
         threshold=torch.rand(top_n, dtype=dtype) if policy in ("random", "threshold") else None,
         mask=torch.rand(lead) < 0.7 if mask else None,
+        keys=random_keys(weight.shape, dtype) if keys else None,
         align=align,
     )
+
+
+def random_keys(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Keys of any kind, many of them equal."""
+    keys = torch.randn(shape, dtype=dtype)
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, math.inf, -math.inf, math.nan, -math.nan], dtype=dtype)
+    return torch.where(torch.rand(shape) < 0.5, keys, special[torch.randint(len(special), shape)])
 
 
 def by_group(t: Tensor, dims: int) -> Tensor:

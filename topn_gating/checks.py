@@ -148,9 +148,7 @@ def check_score(score: str, differentiable_topk: bool) -> None:
         raise ValueError(f"score must be softmax with differentiable_topk, got {score!r}")
 
 
-def check_groups(
-    num_gates: int, top_n: int, groups: int | None, top_groups: int | None, group_score: str
-) -> tuple[int, int]:
+def check_groups(num_gates: int, top_n: int, groups: int | None, top_groups: int | None, group_score: str) -> tuple[int, int]:
     """Returns how many groups the experts form, by default one, and how many of them are open, by default all."""
     check_choice("group_score", group_score, GROUP_SCORES)
     groups = 1 if groups is None else check_count("groups", groups)
@@ -177,6 +175,23 @@ def check_counts(counts: Any, shape: Sequence[int], device: torch.device, balanc
         raise ValueError(f"counts must have shape {tuple(shape)} or {tuple(shape[-1:])}, got {tuple(counts.shape)}")
     if counts.device != device:
         raise ValueError(f"counts must be on {device}, got {counts.device}")
+
+
+def check_priority(
+    priority: Any, dropless: bool, shape: Sequence[int] | None = None, dtype: Any = None, device: Any = None
+) -> None:
+    """Raises unless ``priority`` is None, ``"weight"`` or, where there is a ``shape``, a tensor of keys."""
+    if priority is None:
+        return
+    if dropless:
+        raise ValueError("priority must be left out when dropless, where nothing is dropped")
+    if isinstance(priority, str):
+        if priority != "weight":
+            raise ValueError(f"priority must be 'weight'{', a tensor of keys' if shape else ''} or None, got {priority!r}")
+    elif shape is None:
+        raise TypeError(f"priority must be 'weight' or None, got {type(priority).__name__}: keys belong to a call")
+    else:
+        check_tensor("priority", priority, shape, dtype, device)
 
 
 def check_chosen(

@@ -23,6 +23,7 @@ from .checks import (
     check_logits,
     check_number,
     check_positive,
+    check_priority,
     check_score,
     check_tensor,
     check_threshold,
@@ -66,6 +67,7 @@ def route(
     scale: float = 1.0,
     policy: ops.Policy | None = None,
     threshold: float | Sequence[float] | Tensor = 0.2,
+    priority: Literal["weight"] | Tensor | None = None,
     eps: float = 1e-9,
     noise_gates: bool = False,
     noise_mult: float = 1.0,
@@ -116,6 +118,11 @@ def route(
             choose and there is a capacity, or where draws are given; else ``"all"``.
         threshold: a float, one float per rank from rank 1 on, or a tensor of shape ``(top_n,)`` whose first entry is not read.
             In a CUDA tensor, which is not read back, NaN routes nothing.
+        priority: which pairs hold the slots of an expert that has too few for its routed pairs. By default the first, by rank
+            and then by token (GShard); ``"weight"``: those with the largest weights, whatever their rank (the drop policy
+            ``probs`` of Megatron-core and DeepSpeed); a tensor of keys ``(…, n, k)``, float32 (float64 for float64): those with
+            the largest keys, which may be random for a random choice. Of equal keys the first win, and NaN loses to any
+            number. Slots are counted in the order of ranks and tokens in any case.
         eps: least denominator of the weights and thresholds.
         noise_gates: adds Gumbel noise to the logits.
         noise_mult: its factor.
@@ -187,6 +194,7 @@ def route(
         raise ValueError(f"align must be 1 unless dropless, got {align}")
     if token_mask is not None:
         check_tensor("token_mask", token_mask, (*lead, n), torch.bool, device)
+    check_priority(priority, dropless, (*lead, n, top_n), dtype, device)
     check_generator(generator, device)
 
     if noise is not None:
@@ -228,8 +236,9 @@ def route(
             weights = reference.topn_weight(gates, chosen, eps, normalize=options.normalize, scale=scale, soft=True)
     else:
         balance_loss, router_z_loss = torch.zeros(2, dtype=dtype, device=device).unbind()
+    keys = weights if isinstance(priority, str) else priority
     kept, slot, source, demand, offsets = ops.Assign.call(
-        weights, chosen, draws, least, token_mask, num_gates, capacity, align, ops.POLICIES.index(policy), eps
+        weights, chosen, draws, least, token_mask, keys, num_gates, capacity, align, ops.POLICIES.index(policy), eps
     )
     if logits is not None and losses:
         if counts is not None:

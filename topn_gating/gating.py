@@ -1,7 +1,7 @@
 """The gating module, drop-in for ``zeta.nn.TopNGating`` and ``st_moe_pytorch.TopNGating``."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from .checks import (
     check_dtype,
     check_groups,
     check_positive,
+    check_priority,
     check_score,
     check_tokens,
     check_top_n,
@@ -63,6 +64,8 @@ class TopNGating(nn.Module):
         policy_train: ``"random"`` (as above), ``"threshold"`` (``weight_k > threshold``), ``"all"`` or ``"none"``; by default
             ``"random"``, or ``"all"`` when dropless.
         policy_eval: the same in eval mode.
+        priority: ``"weight"``: the pairs with the largest weights hold the slots of an expert that has too few; by default the
+            first, by rank and then by token.
         balance_on: ``"routed"``: the balance loss counts tokens before the capacity drop; ``"kept"``: after it, as the
             peers do.
         balance_ranks: ``"first"``: it counts the pairs of rank 0; ``"all"``: those of all ranks.
@@ -120,6 +123,7 @@ class TopNGating(nn.Module):
         bias: bool = False,
         policy_train: Policy | None = None,
         policy_eval: Policy | None = None,
+        priority: Literal["weight"] | None = None,
         balance_on: BalanceOn = "routed",
         balance_ranks: BalanceRanks = "first",
         balance_over: BalanceOver = "group",
@@ -134,6 +138,7 @@ class TopNGating(nn.Module):
         policy_eval = default if policy_eval is None else policy_eval
         check_choice("policy_train", policy_train, POLICIES)
         check_choice("policy_eval", policy_eval, POLICIES)
+        check_priority(priority, dropless)
         check_choice("balance_on", balance_on, BALANCE_ON)
         check_choice("balance_ranks", balance_ranks, BALANCE_RANKS)
         check_choice("balance_over", balance_over, BALANCE_OVER)
@@ -163,6 +168,7 @@ class TopNGating(nn.Module):
         self.scale = check_positive("scale", scale)
         self.policy_train = policy_train
         self.policy_eval = policy_eval
+        self.priority = priority
         self.balance_on = balance_on
         self.balance_ranks = balance_ranks
         self.balance_over = balance_over
@@ -204,6 +210,7 @@ class TopNGating(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows between the parentheses."""
         options: dict[str, Any] = {"score": self.score, "scale": self.scale, "normalize": self.normalize}
+        options["priority"] = self.priority
         if self.groups is not None:
             options |= {"groups": self.groups, "top_groups": self.top_groups, "group_score": self.group_score}
         plain = {"score": "softmax", "scale": 1.0, "normalize": self.top_n > 1}
@@ -243,6 +250,7 @@ class TopNGating(nn.Module):
         generator: torch.Generator | None = None,
         expert: Tensor | None = None,
         counts: Tensor | Callable[[Tensor], Tensor] | None = None,
+        priority: Tensor | None = None,
     ) -> Routing:
         """The routing of tokens ``x``, in the compact form.
 
@@ -258,6 +266,7 @@ class TopNGating(nn.Module):
             expert: ``(…, n, top_n)``, experts in place of those that the logits would choose, all of which are routed; see
                 :func:`topn_gating.route`, as for the next.
             counts: how many pairs chose each expert, for the balance loss.
+            priority: keys ``(…, n, top_n)`` in place of the module's ``priority``.
 
         Raises:
             TypeError: an argument is of the wrong type.
@@ -281,6 +290,7 @@ class TopNGating(nn.Module):
             scale=self.scale,
             policy="all" if expert is not None else self.policy_train if self.training else self.policy_eval,
             threshold=threshold,
+            priority=self.priority if priority is None else priority,
             eps=self.eps,
             noise_gates=noise_gates,
             noise_mult=noise_mult,

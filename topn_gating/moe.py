@@ -128,6 +128,7 @@ class MoE(nn.Module):
         generator: torch.Generator | None = None,
         expert: Tensor | None = None,
         counts: Tensor | Callable[[Tensor], Tensor] | None = None,
+        priority: Tensor | None = None,
     ) -> MixtureOfExpertsReturn:
         """``outputs, total_aux_loss, balance_loss, router_z_loss`` of tokens ``x`` ``(…, n, dim)``.
 
@@ -135,7 +136,14 @@ class MoE(nn.Module):
         the residual outside.
         """
         routing = self.gate.route(
-            x, noise_gates, noise_mult, token_mask=token_mask, generator=generator, expert=expert, counts=counts
+            x,
+            noise_gates,
+            noise_mult,
+            token_mask=token_mask,
+            generator=generator,
+            expert=expert,
+            counts=counts,
+            priority=priority,
         )
         self.stats = None if routing.statistics is None else routing.stats()
         if routing.offsets is None and x.is_cpu and isinstance(self.experts, FeedForwards):

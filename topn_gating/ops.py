@@ -234,6 +234,7 @@ class Assign(Operator):
         draws: Tensor | None,
         threshold: Tensor | None,
         token_mask: Tensor | None,
+        keys: Tensor | None,
         num_gates: int,
         capacity: int | None,
         align: int,
@@ -253,7 +254,9 @@ class Assign(Operator):
         expect_tensor("draws", draws, weight.shape, weight.dtype)
         expect_tensor("threshold", threshold, (top_n,), weight.dtype)
         expect_tensor("token_mask", token_mask, (*lead, n), torch.bool)
+        expect_tensor("keys", keys, weight.shape, weight.dtype)
         if capacity is None:
+            expect(keys is None, "keys must be left out without a capacity, where every pair gets a slot")
             rows = dropless_rows(weight.numel(), num_gates, align)
             message = "tokens * top_n + num_gates * (align - 1) must be below 2^31, rounded up to a multiple of align"
             expect(rows <= INT_MAX, f"{message}, got {weight.numel()} + {num_gates} * {align - 1}")
@@ -373,9 +376,7 @@ class Combine(Operator):
         return grad_y, grad_weight
 
     @staticmethod
-    def fake(
-        y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor, offsets: Tensor | None
-    ) -> Tensor:
+    def fake(y: Tensor, weight: Tensor, expert: Tensor, slot: Tensor, source: Tensor, offsets: Tensor | None) -> Tensor:
         _expect_assigned(expert, slot, source, offsets)
         _expect_rows("y", y, source.shape)
         expect_tensor("weight", weight, expert.shape, compute_dtype(y.dtype))

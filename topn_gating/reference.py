@@ -173,11 +173,12 @@ def assign(
     threshold: Tensor | None = None,
     eps: float = 1e-9,
     token_mask: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``kept weight, slot (…, n, k), source (…, e, C), demand (…, e), offsets (0,)``: threshold masking, then the slots.
 
     Without a capacity in the dropless layout, where the last three are ``source (R,), demand (e,), offsets (e,)``. An expert
-    out of range is not routed.
+    out of range is not routed. ``keys`` ``(…, n, k)`` give slots to the pairs of the largest keys, by default to the first.
     """
     *lead, n, top_n = weight.shape
     if policy == "random":
@@ -207,13 +208,17 @@ def assign(
         source = source.scatter(0, place % (rows + 1), torch.arange(len(pairs), device=weight.device))[:-1]
         return torch.where(routed, weight, 0), slot.int(), source.int(), demand.int(), offsets.int()
 
+    demand = pairs.sum((-3, -2))
+    if keys is not None:
+        pairs = pairs * has_largest(pairs, keys, capacity)
     earlier = pairs.cumsum(-3) - pairs
     routed_per_rank = pairs.sum(-3)  # (…, k, e)
     first = torch.zeros_like(routed_per_rank)
     for k in range(1, top_n):
         first[..., k, :] = (first[..., k - 1, :] + routed_per_rank[..., k - 1, :]).clamp(max=capacity)
     slot = ((earlier + first.unsqueeze(-3)) * pairs).sum(-1)
-    slot = torch.where(slot < capacity, slot, -2).where(routed, -1)
+    held = (slot < capacity) & pairs.any(-1)
+    slot = torch.where(held, slot, -2).where(routed, -1)
 
     kept = slot >= 0
     held = torch.where(kept, expert * capacity + slot, num_gates * capacity).flatten(-2)
@@ -221,7 +226,23 @@ def assign(
     source = torch.full((*lead, num_gates * capacity + 1), -1, device=weight.device)
     source = source.scatter(-1, held, pair)[..., :-1].unflatten(-1, (num_gates, capacity))
     offsets = torch.empty(0, dtype=torch.int32, device=weight.device)
-    return torch.where(kept, weight, 0), slot.int(), source.int(), pairs.sum((-3, -2)).int(), offsets
+    return torch.where(kept, weight, 0), slot.int(), source.int(), demand.int(), offsets
+
+
+def has_largest(pairs: Tensor, keys: Tensor, capacity: int) -> Tensor:
+    """Which pairs' keys ``(…, n, k)`` are among the ``capacity`` largest of each expert: ``(…, n, k, e)``, of ``pairs``' shape.
+
+    Of equal keys those of the lower rank, then of the earlier token. NaN is below all numbers.
+    """
+    ranks_first = keys.transpose(-1, -2).flatten(-2).unsqueeze(-1)  # in the order of slots: (…, k · n, 1)
+    routed = pairs.transpose(-2, -3).flatten(-3, -2).bool()
+    number = ranks_first.nan_to_num(-torch.inf, torch.inf, -torch.inf).expand(routed.shape)
+    order = number.sort(dim=-2, descending=True, stable=True).indices
+    for goes_last in (ranks_first.isnan().expand(routed.shape), ~routed):
+        order = order.gather(-2, goes_last.gather(-2, order).int().sort(dim=-2, stable=True).indices)
+    largest: Tensor = torch.zeros_like(routed).scatter(-2, order[..., :capacity, :], True)
+    largest = largest.unflatten(-2, (keys.shape[-1], keys.shape[-2]))
+    return largest.transpose(-2, -3)
 
 
 def row_starts(offsets: Tensor) -> Tensor:
@@ -240,6 +261,7 @@ def route(
     threshold: Tensor | None = None,
     eps: float = 1e-9,
     token_mask: Tensor | None = None,
+    priority: Literal["weight"] | Tensor | None = None,
     straight_through: bool = True,
     balance_on: Literal["routed", "kept"] = "routed",
     balance_ranks: BalanceRanks = "first",
@@ -263,6 +285,7 @@ def route(
         threshold=threshold,
         eps=eps,
         token_mask=token_mask,
+        keys=weight.detach() if isinstance(priority, str) else priority,
     )
     if balance_over == "batch":
         tokens = counted.new_full(lead, n) if token_mask is None else token_mask.sum(-1)

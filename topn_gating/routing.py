@@ -99,9 +99,7 @@ class Routing(NamedTuple):
         if self.statistics is None:
             raise ValueError("stats() takes a routing that was computed with stats=True")
         entropy, logit_max, logit_rms = self.statistics.unbind()
-        return RoutingStats(
-            self.load, self.demand, self.drop_fraction, self.max_violation, entropy, logit_max, logit_rms
-        )
+        return RoutingStats(self.load, self.demand, self.drop_fraction, self.max_violation, entropy, logit_max, logit_rms)
 
     def as_dropless(self, align: int = 1) -> "Routing":
         """The same decision in the dropless layout; itself if it is that already, with ``align = 1``.
@@ -116,7 +114,7 @@ class Routing(NamedTuple):
             return self
         held = torch.where(self.slot < 0, self.slot, self.expert)  # a negative index is not routed
         _, slot, source, demand, offsets = ops.Assign.call(
-            self.weight.detach(), held, None, None, None, num_gates, None, align, ops.POLICIES.index("all"), 1.0
+            self.weight.detach(), held, None, None, None, None, num_gates, None, align, ops.POLICIES.index("all"), 1.0
         )
         return self._replace(slot=slot, source=source, demand=demand, offsets=offsets)
 
@@ -132,9 +130,7 @@ class Routing(NamedTuple):
         check_rows("x", x, self.expert.shape[:-1], self.expert.device)
         x = autocast(x)
         weight = self.weight.to(compute_dtype(x.dtype))
-        result: Tensor = ops.Dispatch.call(
-            x, weight, self.expert, self.slot, self.source, self.offsets, self.straight_through
-        )
+        result: Tensor = ops.Dispatch.call(x, weight, self.expert, self.slot, self.source, self.offsets, self.straight_through)
         return result
 
     def combine(self, y: Tensor) -> Tensor:

@@ -17,6 +17,7 @@
 #include <exception>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #if defined(__SSE2__)

@@ -52,8 +52,12 @@ inline int64_t gate_tile_bytes(const GateInputs& a) {
 inline int64_t assign_tile(int64_t experts) { return experts > 512 ? experts : 512; }
 // Returns the number of counters of a tile: one for each rank and expert, or for each expert in the dropless layout.
 inline int64_t assign_counters(const Assign& a) { return (a.dropless() ? 1 : a.top_n) * a.experts; }
-// Returns the number of tiles of a group.
+// Returns the number of tiles of a group of `assign`.
 inline int64_t assign_tiles(int64_t tokens, int64_t experts) { return ceil_div(tokens, assign_tile(experts)); }
+// Returns the number of counters of all tiles, rounded up so that the queues, which follow them, are aligned.
+inline int64_t assign_counts(const Assign& a) {
+  return round_up(a.groups * assign_tiles(a.tokens, a.experts) * assign_counters(a), 2);
+}
 
 constexpr int64_t kLinearBlock = 512;  // upper limit of the features of a block of `linear`
 

@@ -8,6 +8,8 @@
 
 namespace topn_gating::cuda {
 
+constexpr int kDigits = 256;  // values of a digit, by which the largest keys are selected
+
 struct AssignTask {
   Assign assign;
   int64_t pairs;          // pairs of a group: n · k
@@ -16,12 +18,16 @@ struct AssignTask {
   int64_t tile;           // pairs of a tile
   unsigned tiles;         // tiles of a group
   unsigned warps;         // warps of a block
-  int64_t block_ints;     // ints of a block: counters (warps, bins), first slots (bins), demand (e), and starts (e + 1) if dropless
+  int64_t warp_ints;      // ints of a warp: counters of its run (bins), and with keys at least those of a digit (kDigits)
+  int64_t block_ints;     // ints of a block: those of its warps, first slots (bins), demand (e), and dropless or with keys
+                          // starts (e + 1)
   bool shared;            // whether these ints are in shared memory
   uint32_t* routed;       // (g, words) a bit for each pair
   int32_t* counts;        // (g, tiles, bins) routed pairs of the tile, later those of the tiles before it
   int32_t* totals;        // (g, bins) routed pairs of the group
   int32_t* block_memory;  // (blocks, block_ints), null where they are in shared memory
+  void* keys;             // (g, pairs) the order of the keys (order_of) in the queues of the experts, one queue behind the other
+  int32_t* queues;        // (g, pairs) the pairs there: an expert's routed pairs in the order of slots
   int64_t bytes;          // bytes of the workspace
 
   __host__ __device__ int64_t words() const { return (pairs + kWarp - 1) / kWarp; }
@@ -34,12 +40,14 @@ inline AssignTask task_of(const Assign& a) {
   t.assign = a;
   t.pairs = a.tokens * a.top_n;
   t.bins = (a.dropless() ? 1 : a.top_n) * a.experts;
-  const int64_t rest = t.bins + a.experts + (a.dropless() ? a.experts + 1 : 0);
+  const bool by_keys = a.keys != nullptr;
+  t.warp_ints = by_keys ? std::max<int64_t>(t.bins, kDigits) : t.bins;
+  const int64_t rest = t.bins + a.experts + (a.dropless() || by_keys ? a.experts + 1 : 0);
   const int64_t ints = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(int32_t));
-  t.shared = rest + t.bins <= ints;
-  const int64_t fit = t.shared ? (ints - rest) / t.bins : most_warps;
+  t.shared = rest + t.warp_ints <= ints;
+  const int64_t fit = t.shared ? (ints - rest) / t.warp_ints : most_warps;
   t.warps = unsigned(std::clamp(ceil_div(t.pairs, steps * kWarp), int64_t(1), std::min(fit, most_warps)));
-  t.block_ints = t.warps * t.bins + rest;
+  t.block_ints = t.warps * t.warp_ints + rest;
 
   // The blocks of a group synchronise, so all of them must be resident.
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
@@ -54,6 +62,11 @@ inline AssignTask task_of(const Assign& a) {
     to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(begin + t.bytes);
     t.bytes += count * int64_t(sizeof *to);
   };
+  if (by_keys) {
+    t.keys = begin;
+    t.bytes = a.groups * t.pairs * (a.is_double ? sizeof(int64_t) : sizeof(int32_t));
+    reserve(t.queues, a.groups * t.pairs);
+  }
   reserve(t.routed, a.groups * t.words());
   if (t.tiles > 1) {
     reserve(t.counts, a.groups * t.tiles * t.bins);

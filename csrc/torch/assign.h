@@ -25,8 +25,8 @@ inline AssignOptions assign_options(const RoutingSizes& s, const std::optional<i
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign(
     const Tensor& weight, const Tensor& expert, const std::optional<Tensor>& draws, const std::optional<Tensor>& threshold,
-    const std::optional<Tensor>& token_mask, int64_t num_gates, const std::optional<int64_t>& capacity, int64_t align,
-    int64_t policy, double eps) {
+    const std::optional<Tensor>& token_mask, const std::optional<Tensor>& keys, int64_t num_gates,
+    const std::optional<int64_t>& capacity, int64_t align, int64_t policy, double eps) {
   const Backend backend(weight);
   const bool dropless = !capacity.has_value();
   const RoutingSizes s = routing_sizes("weight", weight, num_gates, dropless);
@@ -40,16 +40,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign(
   STD_TORCH_CHECK(!random || draws.has_value(), "draws must be given for the random policy");
   STD_TORCH_CHECK(threshold.has_value() || !(random || a.policy == Policy::Threshold),
                   "threshold must be given for the random and threshold policies");
+  STD_TORCH_CHECK(!dropless || !keys.has_value(), "keys must be left out without a capacity, where every pair gets a slot");
   const Tensor w = checked("weight", weight, weight, shape, type);
   const Tensor chosen = checked("expert", expert, weight, shape, ScalarType::Int);
   const auto u = checked("draws", draws, weight, shape, type);
   const auto least = checked("threshold", threshold, weight, {s.top_n}, type);
   const auto mask = checked("token_mask", token_mask, weight, replace_last(shape, 1, {}), ScalarType::Bool);
+  const auto priorities = checked("keys", keys, weight, shape, type);
   a.weight = const_data(w);
   a.expert = const_data<int32_t>(chosen);
   a.draws = const_data(u);
   a.threshold = const_data(least);
   a.token_mask = const_data<bool>(mask);
+  a.keys = const_data(priorities);
 
   const Tensor kept = empty(weight, shape, type);
   const Tensor slot = empty(weight, shape, ScalarType::Int);

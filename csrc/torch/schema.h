@@ -17,8 +17,9 @@
     "(Tensor? grad_weight, Tensor? grad_importance, Tensor? grad_balance_loss, Tensor? grad_router_z_loss, Tensor logits,"    \
     " Tensor? noise, Tensor? token_mask, Tensor expert, Tensor counts," TOPN_GATING_OPTIONS ") -> Tensor grad_logits")        \
   X(assign,                                                                                                                    \
-    "(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, int num_gates, SymInt? capacity,"   \
-    " int align, int policy, float eps) -> (Tensor kept, Tensor slot, Tensor source, Tensor demand, Tensor offsets)")         \
+    "(Tensor weight, Tensor expert, Tensor? draws, Tensor? threshold, Tensor? token_mask, Tensor? keys, int num_gates,"       \
+    " SymInt? capacity, int align, int policy, float eps)"                                                                     \
+    " -> (Tensor kept, Tensor slot, Tensor source, Tensor demand, Tensor offsets)")         \
   X(assign_backward, "(Tensor grad_kept, Tensor slot) -> Tensor grad_weight")                                                 \
   X(dense,                                                                                                                     \
     "(Tensor weight, Tensor expert, Tensor slot, Tensor source, ScalarType dtype, bool straight_through)"                      \

@@ -55,6 +55,7 @@ std::string name_of(const Case& c) {
   flag(" soft", c.soft), flag(" noise", c.noise), flag(" mask", c.mask), flag(" no_losses", !c.losses);
   flag(" unaligned", !c.aligned), flag(" ties", c.logits == Logits::Ties), flag(" special", c.logits == Logits::Special);
   if (c.dropless) size(" dropless align", c.align);
+  flag(" keys", c.keys), flag(" any_router", c.any_router), flag(" given", c.given);
   flag(" clamped", c.eps > 0.1), flag(" perturbed", c.perturbed), flag(" no_weight", !c.wants_weight);
   size(" gradients ", c.gradients), size(" layouts ", int(c.grad_dispatch)), size("", int(c.grad_combine));
   return text;
@@ -292,6 +293,8 @@ void assign_cases(Suite& suite) {
   for (Case c : {assign_case(1, 300, 6, 2, 90, 3, true), assign_case(1, 40, 5, 3, 20), assign_case(2, 3, 600, 60, 2)}) {
     c.policy = Policy::Threshold;
     suite.run("assign", c, true);
+    c.keys = true;
+    suite.run("assign", c, true);
     c = dropless(c, 5);
     suite.run("assign", c, true);
     c.experts = 70;  // more than a warp has lanes
@@ -319,6 +322,9 @@ void assign_cases(Suite& suite) {
       for (const DType dtype : {DType::F32, DType::F64}) {
         c.policy = Policy(policy);
         c.dtype = dtype;
+        c.keys = false;
+        suite.run("assign", c);
+        c.keys = true;
         suite.run("assign", c);
       }
     }
@@ -327,6 +333,8 @@ void assign_cases(Suite& suite) {
   for (Case c : {assign_case(1, 40, 600, 64, 2, 8, false, true),  // counters in memory and several tiles
                  assign_case(1, 60, 500, 40, 30, 40)}) {          // more than 32 tiles
     c.dtype = DType::F64;
+    suite.run("assign", c);
+    c.keys = true;
     suite.run("assign", c);
   }
   for (const int64_t pairs : {0, 1, 1000, 20000}) {

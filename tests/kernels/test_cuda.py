@@ -45,7 +45,9 @@ def all_operators(logits, draws, threshold, x, grad_out, policy="random", run=No
     run = run or (lambda name, *args: getattr(torch.ops.topn_gating, name)(*args))
     gated = run("gate", logits, None, None, None, None, TOP_N, *OPTIONS, True, True)
     weight, expert, _importance, counts, balance_loss, z_loss, _statistics = gated
-    assigned = run("assign", weight, expert, draws, threshold, None, EXPERTS, CAPACITY, 1, ops.POLICIES.index(policy), EPS)
+    sizes = EXPERTS, CAPACITY, 1, ops.POLICIES.index(policy), EPS
+    assigned = run("assign", weight, expert, draws, threshold, None, None, *sizes)
+    by_weight = run("assign", weight, expert, draws, threshold, None, weight, *sizes)
     kept, slot, source, *_ = assigned
     y = run("dispatch", x, kept, expert, slot, source, None, True)
     out = run("combine", y, kept, expert, slot, source, None)
@@ -57,7 +59,7 @@ def all_operators(logits, draws, threshold, x, grad_out, policy="random", run=No
     losses = torch.ones_like(balance_loss), torch.ones_like(z_loss)
     grad_logits = run("gate_backward", grad_weight, None, *losses, logits, None, None, expert, counts, *OPTIONS)
     return [
-        *(*gated, *assigned, y, out, *dense),
+        *(*gated, *assigned, *by_weight, y, out, *dense),
         *(grad_y, grad_combine, grad_x, grad_dispatch, grad_dense, grad_weight, grad_logits),
     ]
 

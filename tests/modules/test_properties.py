@@ -69,7 +69,7 @@ def assigns(draw, padded=BOTH) -> AssignCase:
     lead = *draw(st.lists(st.integers(0, 3), max_size=2)), draw(st.integers(0, 60))
     top_n, capacity = draw(st.integers(1, min(experts, 5))), draw(st.integers(1, 62))
     policy, dtype = draw(st.sampled_from(POLICIES)), draw(st.sampled_from([torch.float32, torch.float64]))
-    case = assign_case(lead, experts, top_n, capacity, policy, dtype=dtype, mask=draw(padded))
+    case = assign_case(lead, experts, top_n, capacity, policy, dtype=dtype, mask=draw(padded), keys=draw(BOTH))
     if draw(st.booleans()):
         case.expert = torch.randint(experts, case.expert.shape, dtype=torch.int32)  # one expert twice
     kinds = lambda w: w, torch.zeros_like, lambda w: w.where(w < 0.5, NAN), lambda w: w * 1e-40
@@ -230,11 +230,11 @@ def test_real_tokens_do_not_see_padding(backend, case):
     def of_valid_tokens(t):
         return [None if t is None else rows[mask] for rows, mask in zip(by_group(t, 2), masks, strict=True)]
 
-    draws = [None] * len(masks) if case.draws is None else of_valid_tokens(case.draws)
-    inputs = of_valid_tokens(case.weight), of_valid_tokens(case.expert), draws
+    inputs = case.weight, case.expert, case.draws, case.keys
+    some = [[None] * len(masks) if t is None else of_valid_tokens(t) for t in inputs]
     outputs = of_valid_tokens(out.kept), of_valid_tokens(out.slot), by_group(out.demand, 1)
-    for weight, expert, draw, kept, slot, demand in zip(*inputs, *outputs, strict=True):
-        alone = replace(case, weight=weight, expert=expert, draws=draw, mask=None).run(backend)
+    for weight, expert, draws, keys, kept, slot, demand in zip(*some, *outputs, strict=True):
+        alone = replace(case, weight=weight, expert=expert, draws=draws, keys=keys, mask=None).run(backend)
         assert_same_bits((alone.kept, alone.slot, alone.demand), (kept, slot, demand))
 
 

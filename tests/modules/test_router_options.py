@@ -11,7 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from topn_gating import MoE, TopNGating, reference, route, stack_stats, update_select_bias_, with_loss
 
 TOKENS, EXPERTS, TOP_N = 12, 8, 3
-LAYOUTS = {"capacity": {"capacity": 3}, "dropless": {"dropless": True, "align": 4}}
+LAYOUTS = {
+    "capacity": {"capacity": 3},
+    "by weight": {"capacity": 3, "priority": "weight"},
+    "dropless": {"dropless": True, "align": 4},
+}
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 OPTIONS = {
     "default": {},
@@ -60,7 +64,7 @@ def of_reference(p: Problem, logits, layout, **more):
     given = {k: v for k, v in {**p.options, **more}.items() if k != "differentiable_topk_fused"}
     if "noise" in given:
         given["noise"] = given["noise"].double()
-    sizes = {"capacity": layout.get("capacity"), "align": layout.get("align", 1)}
+    sizes = {"capacity": layout.get("capacity"), "align": layout.get("align", 1), "priority": layout.get("priority")}
     return reference.route(logits.double(), top_n=TOP_N, policy="all", token_mask=p.mask, **sizes, **given)
 
 
@@ -78,6 +82,40 @@ def test_route_equals_the_reference(option, layout, balance):
         assert_near(getattr(out, name), getattr(expected, name))
     grads = [torch.autograd.grad(loss_of(r, x), logits)[0] for r in (out, expected)]
     assert_near(grads[0], grads[1])
+
+
+@options
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_keys_have_priority(option, dtype):
+    p = problem(option, dtype=dtype)
+    keys = torch.randn(2, 2, TOKENS, TOP_N, dtype=torch.promote_types(dtype, torch.float32))
+    out = route(p.logits, TOP_N, policy="all", token_mask=p.mask, capacity=3, priority=keys, **p.options)
+    for key, expert, slot in zip(*(t.flatten(0, 1) for t in (keys, out.expert, out.slot)), strict=True):
+        for e in range(EXPERTS):
+            mine = (slot != -1) & (expert == e)
+            best = key[mine].sort(descending=True).values[:3]
+            assert_same_bits(key[mine & (slot >= 0)].sort(descending=True).values, best)
+
+
+def test_priority_of_modules():
+    """The module's option, and keys for a call, which may come with weights from elsewhere too."""
+    moe, x = (
+        MoE(16, EXPERTS, gating_top_n=2, capacity_factor_train=0.5, policy_train="all", priority="weight"),
+        torch.randn(3, 40, 16),
+    )
+    gate, logits = moe.gate, moe.gate.logits(x)
+    first = route(logits, 2, capacity_factor=0.5, policy="all")
+    assert not torch.equal(gate.route(x).slot, first.slot)
+    by_weight = route(logits, 2, capacity_factor=0.5, policy="all", priority="weight")
+    assert_same_bits(gate.route(x).slot, by_weight.slot)
+    unlimited = route(logits, 2, capacity=80, policy="all")
+    given = {"expert": unlimited.expert, "weight": unlimited.weight, "num_gates": EXPERTS, "capacity_factor": 0.5}
+    assert_same_bits(route(**given, priority="weight").slot, by_weight.slot)
+    order = -torch.arange(80.0).view(2, 40).T.expand(3, 40, 2)  # the order of ranks and tokens: the default
+    assert_same_bits(gate.route(x, priority=order).slot, first.slot)
+    moe.gate.priority = None
+    assert_same_bits(moe(x, priority=by_weight.slot.float()).outputs, moe(x, priority=by_weight.slot.sign().float()).outputs)
+    assert "priority=weight" in repr(TopNGating(16, EXPERTS, priority="weight"))
 
 
 def loss_of(routing, x):
@@ -300,24 +338,28 @@ def gradients(moe, x, call):
     return torch.autograd.grad(outputs.square().sum() + loss, [x, *moe.parameters()])
 
 
-@pytest.mark.parametrize("dropless", [False, True])
-def test_one_graph(dropless):
+layer_layouts = pytest.mark.parametrize("layout", [{}, {"priority": "weight"}, {"dropless": True}], ids=str)
+
+
+@layer_layouts
+def test_one_graph(layout):
     torch._dynamo.reset()
-    moe, x = layer(dropless=dropless)
+    moe, x = layer(**layout)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(moe, x, compiled), gradients(moe, x, moe))
     assert moe.stats.entropy > 0
 
 
-@pytest.mark.parametrize("dropless", [False, True])
-def test_the_same_when_recomputed(dropless):
-    moe, x = layer(dropless=dropless)
+@layer_layouts
+def test_the_same_when_recomputed(layout):
+    moe, x = layer(**layout)
     recomputed = gradients(moe, x, lambda x: checkpoint(moe, x, use_reentrant=False))
     assert_same_bits(recomputed, gradients(moe, x, moe))
 
 
-def test_exported():
-    moe, x = layer()
+@layer_layouts
+def test_exported(layout):
+    moe, x = layer(**layout)
     exported = torch.export.export(moe, (x,)).module()
     torch.testing.assert_close(exported(x), moe(x))
 
@@ -326,7 +368,7 @@ def test_samples_of_a_transform():
     p = problem(OPTIONS["DeepSeek-V3"], lead=(3,))
 
     def call(logits):
-        return route(logits, TOP_N, capacity=4, policy="all", **p.options).weight.square().sum()
+        return route(logits, TOP_N, capacity=4, policy="all", priority="weight", **p.options).weight.square().sum()
 
     each = torch.vmap(torch.func.grad(call))(p.logits)
     assert_near(each, torch.stack([torch.func.grad(call)(z) for z in p.logits]))

@@ -1,5 +1,6 @@
 """``assign``: threshold masking and slots, bit for bit against the reference and against the walk of docs/spec.md."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from cases import (
     INT_MAX,
     INT_MIN,
+    LAYOUTS,
     AssignCase,
     AssignResult,
     assign_case,
     check_assignment,
     check_dropless,
     layouts,
-    two_layouts,
+    random_keys,
 )
 from compare import assert_same_bits, assert_same_for_any_schedule, spread
 
@@ -27,8 +29,8 @@ compute_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64],
 
 def walk(case: AssignCase) -> AssignResult:
     """docs/spec.md, steps 7 and 8, as they read, pair by pair; experts out of range are not routed. One group."""
-    (tokens, top_n), size = case.weight.shape, (case.num_gates, case.capacity)
-    slot, source, taken = torch.full((tokens, top_n), -1), torch.full(size, -1), [0] * case.num_gates
+    tokens, top_n = case.weight.shape
+    queues: list[list[tuple[int, int]]] = [[] for _ in range(case.num_gates)]
     for k in range(top_n):
         for n in range(tokens):
             w, e = case.weight[n, k], int(case.expert[n, k])
@@ -40,24 +42,39 @@ def walk(case: AssignCase) -> AssignResult:
                 routed = case.policy == "threshold" and bool(w > case.threshold[k])
             if not routed or not 0 <= e < case.num_gates or (case.mask is not None and not case.mask[n]):
                 continue
-            slot[n, k] = taken[e] if taken[e] < case.capacity else -2
-            if taken[e] < case.capacity:
-                source[e, taken[e]] = n * top_n + k
-            taken[e] += 1
+            queues[e].append((n, k))
+    slot, source = torch.full((tokens, top_n), -1), torch.full((case.num_gates, case.capacity), -1)
+    for e, queue in enumerate(queues):
+        held = queue[: case.capacity]
+        if case.keys is not None:
+            key = {pair: float(case.keys[pair]) for pair in queue}
+            first_the_largest = sorted(queue, key=lambda pair: (math.isnan(key[pair]), -key[pair]))  # stable
+            held = [pair for pair in queue if pair in set(first_the_largest[: case.capacity])]
+        for n, k in queue:
+            slot[n, k] = -2
+        for c, (n, k) in enumerate(held):
+            slot[n, k], source[e, c] = c, n * top_n + k
     kept = case.weight.where(slot >= 0, 0)
-    integers = slot, source, torch.tensor(taken), torch.empty(0)
+    integers = slot, source, torch.tensor([len(queue) for queue in queues]), torch.empty(0)
     return AssignResult(kept, *(t.int() for t in integers))
 
 
 aligns = pytest.mark.parametrize("align", [1, 8, 16])
+any_layout = pytest.mark.parametrize("layout", [*LAYOUTS.values(), {"keys": True}], ids=[*LAYOUTS, "by keys"])
+some_layouts = pytest.mark.parametrize(
+    "layout", [{}, LAYOUTS["dropless 8"], {"keys": True}], ids=["capacity", "dropless 8", "by keys"]
+)
+by_keys = pytest.mark.parametrize("keys", [False, True], ids=["in order", "by keys"])
+
 
 @policies
 @compute_types
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("top_n", [1, 2, 3, 4, 5])
-def test_equals_the_reference(backend, policy, dtype, mask, top_n):
+@by_keys
+def test_equals_the_reference(backend, policy, dtype, mask, top_n, keys):
     for tokens, experts, capacity in ((1, 5, 1), (7, 5, 2), (33, 6, 33), (64, 9, 8), (130, 16, 5), (257, 40, 11)):
-        case = assign_case((3, tokens), experts, top_n, capacity, policy, dtype=dtype, mask=mask)
+        case = assign_case((3, tokens), experts, top_n, capacity, policy, dtype=dtype, mask=mask, keys=keys)
         out = case.run(backend)
         assert_same_bits(out, case.oracle())
         check_assignment(case, out)
@@ -80,6 +97,24 @@ def test_equals_the_reference(backend, policy, dtype, mask, top_n):
 )
 def test_one_long_group_and_many_short_ones(backend, policy, groups, tokens, experts, top_n, capacity):
     case = assign_case((groups, tokens), experts, top_n, capacity, policy, mask=True)
+    assert_same_bits(case.run(backend), case.oracle())
+
+
+@compute_types
+@pytest.mark.parametrize(
+    ("groups", "tokens", "experts", "top_n", "capacity"),
+    [
+        (1, 5000, 16, 2, 390),
+        (1, 4999, 1, 1, 7),
+        (1, 5001, 40, 5, 1),
+        (1, 600, 601, 2, 1),
+        (2, 1025, 30, 3, 20),
+        (300, 17, 8, 2, 4),
+        (300, 1, 4, 4, 1),
+    ],
+)
+def test_keys_of_one_long_group_and_many_short_ones(backend, dtype, groups, tokens, experts, top_n, capacity):
+    case = assign_case((groups, tokens), experts, top_n, capacity, "random", dtype=dtype, mask=True, keys=True)
     assert_same_bits(case.run(backend), case.oracle())
 
 
@@ -111,13 +146,14 @@ def test_dropless_has_one_long_group(backend, policy, align, lead, experts, top_
 @policies
 @compute_types
 @pytest.mark.parametrize("capacity", [1, 2, 9, 40])
-def test_equals_the_walk(backend, policy, dtype, capacity):
-    case = assign_case((40,), 5, 4, capacity, policy, dtype=dtype, mask=True)
+@by_keys
+def test_equals_the_walk(backend, policy, dtype, capacity, keys):
+    case = assign_case((40,), 5, 4, capacity, policy, dtype=dtype, mask=True, keys=keys)
     assert_same_bits(case.run(backend), walk(case))
 
 
 @policies
-@layouts
+@any_layout
 def test_any_expert_in_a_direct_call(backend, policy, layout):
     case = assign_case((60,), 6, 3, **{"capacity": 7, **layout}, policy=policy, mask=True)
     case.expert = torch.randint(6, (60, 3), dtype=torch.int32)  # a token may name one expert twice
@@ -146,6 +182,36 @@ def test_later_ranks_queue_behind_all_earlier_ones(backend):
     out = AssignCase(torch.rand(3, 3), expert, 3, 4).run(backend)
     assert out.slot.tolist() == [[0, 2, 1], [0, 1, 2], [1, 0, 2]]
     assert out.source.tolist() == [[0, 4, 8, -1], [3, 6, 1, -1], [7, 2, 5, -1]]
+
+
+def test_the_largest_keys_hold_the_slots(backend):
+    """Slots stay in the order of ranks and tokens; of equal keys the lower rank's is kept, then the earlier token's."""
+    expert = torch.tensor([[0, 1], [0, 1], [1, 0], [0, 1]], dtype=torch.int32)
+    keys = torch.tensor([[0.1, 0.5], [0.9, 0.5], [0.5, 0.5], [0.5, 0.9]])
+    out = AssignCase(torch.rand(4, 2), expert, 2, 2, keys=keys).run(backend)
+    assert out.slot.tolist() == [[-2, -2], [0, -2], [0, -2], [1, 1]]
+    assert out.source.tolist() == [[2, 6], [4, 7]]
+    assert out.demand.tolist() == [[4], [4]] or out.demand.tolist() == [4, 4]
+
+
+@compute_types
+def test_keys_of_every_size(backend, dtype):
+    """Every binade decides, and both signs; -0 is 0, and a NaN comes after all numbers."""
+    big = torch.finfo(dtype).max
+    tiny = torch.finfo(dtype).tiny / 4
+    ladder = [*(float("nan"), -math.inf, -big, -2.0, -1.0, -tiny, 0.0, -0.0, tiny, 1e-5, 1.0, 1.5, 2.0, big, math.inf)]
+    keys = torch.tensor(ladder, dtype=dtype)[:, None]
+    for order in (torch.arange(15), torch.arange(15).flip(0), torch.randperm(15)):
+        for capacity in range(1, 15):
+            case = AssignCase(
+                torch.rand(15, 1, dtype=dtype), torch.zeros(15, 1, dtype=torch.int32), 1, capacity, keys=keys[order]
+            )
+            assert_same_bits(case.run(backend), walk(case))
+
+
+def test_keys_do_nothing_where_there_is_room(backend):
+    case = assign_case((2, 300), 5, 3, 300, "random", mask=True, keys=True)
+    assert_same_bits(case.run(backend), replace(case, keys=None).run(backend))
 
 
 def test_dropless_ranks_queue_with_their_token(backend):
@@ -232,14 +298,14 @@ def test_leading_dimensions_are_groups(backend, lead):
 
 
 @policies
-@layouts
+@any_layout
 @pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 4), (2, 0, 4)])
 def test_nothing_to_assign(backend, policy, lead, layout):
     case = assign_case(lead, 5, 2, **{"capacity": 3, **layout}, policy=policy, mask=True)
     assert_same_bits(case.run(backend), case.oracle())
 
 
-@layouts
+@any_layout
 def test_all_padding(backend, layout):
     case = replace(assign_case((2, 20), 5, 3, **{"capacity": 4, **layout}), mask=torch.zeros(2, 20, dtype=torch.bool))
     kept, slot, source, demand, offsets = case.run(backend)
@@ -253,8 +319,10 @@ def test_all_padding(backend, layout):
 @layouts
 def test_any_layout_of_memory(backend, layout):
     case = assign_case((3, 20), 5, 3, **{"capacity": 4, **layout}, policy="random", mask=True)
-    names = "weight", "expert", "draws", "threshold", "mask"
-    strided = replace(case, **{name: spread(getattr(case, name)) for name in names})
+    if case.capacity is not None:
+        case.keys = random_keys(case.weight.shape, case.weight.dtype)
+    names = "weight", "expert", "draws", "threshold", "mask", "keys"
+    strided = replace(case, **{name: spread(getattr(case, name)) for name in names if getattr(case, name) is not None})
     assert_same_bits(strided.run(backend), case.run(backend))
     expanded = replace(case, weight=case.weight[:1].expand(3, -1, -1), expert=case.expert[:1].expand(3, -1, -1))
     full = replace(case, weight=expanded.weight.contiguous(), expert=expanded.expert.contiguous())
@@ -276,7 +344,7 @@ def test_gradient_reaches_kept_weights_alone(backend, dtype):
 
 
 @policies
-@layouts
+@any_layout
 def test_gradcheck(entry_point, device, policy, layout):
     case = assign_case((2, 6), 4, 3, **{"capacity": 2, **layout}, policy=policy, dtype=torch.float64)
     weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
@@ -287,7 +355,7 @@ def test_gradcheck(entry_point, device, policy, layout):
 @policies
 @compute_types
 @pytest.mark.parametrize("mask", [False, True])
-@two_layouts
+@some_layouts
 def test_opcheck(device, policy, dtype, mask, layout):
     case = assign_case((2, 6), 4, 3, **{"capacity": 2, **layout}, policy=policy, dtype=dtype, mask=mask)
     weight, *rest = (a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args)
@@ -295,7 +363,7 @@ def test_opcheck(device, policy, dtype, mask, layout):
 
 
 @pytest.mark.parametrize("lead", [(1, 40001), (7, 6000), (900, 50)])
-@two_layouts
+@some_layouts
 def test_same_for_any_schedule(backend, lead, layout):
     case = assign_case(lead, 16, 3, **{"capacity": max(4, lead[-1] // 8), **layout}, policy="random", mask=True)
     grad = torch.randn_like(case.weight)

@@ -102,11 +102,13 @@ def test_gate_of_any_router(other, data):
 def test_assign(other, data):
     lead, experts, top_n = data.draw(sizes(60, 20, 5))
     capacity, policy = data.draw(st.integers(1, 62)), data.draw(st.sampled_from(POLICIES))
-    case = assign_case(lead, experts, top_n, capacity, policy, dtype=data.draw(COMPUTE_TYPES), mask=data.draw(BOTH))
+    case = assign_case(
+        lead, experts, top_n, capacity, policy, dtype=data.draw(COMPUTE_TYPES), mask=data.draw(BOTH), keys=data.draw(BOTH)
+    )
     for operand in ("weight", "draws", "threshold"):
         if getattr(case, operand) is not None:
             setattr(case, operand, spoil(getattr(case, operand)))
-    if data.draw(BOTH):
+    if case.keys is None and data.draw(BOTH):
         case.capacity, case.align = None, data.draw(st.integers(1, 20))
     assert_agree(other, "assign", *case.args)
     assert_agree(other, "assign_backward", spoil(case.weight), case.run(CPU).slot)

@@ -119,12 +119,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             O.grouped_linear_backward(grad, rows, matrices, offsets, True, True, True)
         weight = torch.rand(tokens, 2, dtype=compute)
         expert = torch.randint(experts, (tokens, 2), dtype=torch.int32)
-        kept, slot, source, *_ = O.assign(*at_the_end((weight, expert)), None, None, None, experts, 3, 1, 2, 1e-9)
+        kept, slot, source, *_ = O.assign(*at_the_end((weight, expert)), None, None, None, None, experts, 3, 1, 2, 1e-9)
         y = torch.randn(experts, 3, dim).to(dtype)
         x, y, kept, expert, slot, source = at_the_end((x.clone(), y, kept, expert, slot, source))
         O.dense(kept, expert, slot, source, dtype, True)
         arguments = x, y, kept, expert, slot, source
-        dropless = O.assign(*at_the_end((weight, expert)), None, None, None, experts, None, 4, 2, 1e-9)
+        dropless = O.assign(*at_the_end((weight, expert)), None, None, None, None, experts, None, 4, 2, 1e-9)
         kept, slot, source, _, offsets = dropless
         y = torch.randn(len(source), dim).to(dtype)
         dropless = at_the_end((x.clone(), y, kept, expert.clone(), slot, source, offsets))

@@ -229,6 +229,11 @@ void assign(Call& call, const Case& c) {
     }));
   }
   if (p.mask) call.input(a.token_mask, mask_of(p));
+  if (c.keys && !c.dropless) {  // some of them equal, of both signs, or no numbers
+    call.input(a.keys, p.buffer(p.compute_type, p.pairs, [&](int64_t) {
+      return p.random.chance(0.1) ? std::nan("") : p.random.chance(0.5) ? std::round(p.random.normal()) : p.random.normal();
+    }));
+  }
   call.output(a.kept, "kept", p.compute_type, p.pairs);
   call.output(a.slot, "slot", Type::I32, p.pairs);
   call.output(a.source, "source", Type::I32, p.rows);

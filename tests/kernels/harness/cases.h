@@ -27,6 +27,7 @@ struct Case {
   bool any_router = false;  // whether gate has a sigmoid, a bias, expert groups where these divide the experts, and statistics
   bool given = false;       // whether gate has given experts
   bool perturbed = false;  // whether some experts, slots, sources and offsets are replaced by others, also out of range
+  bool keys = false;       // whether keys decide in assign which pairs hold slots, in the capacity layout
   bool dropless = false;   // whether the experts' rows have the dropless layout, which has one group and no capacity
   int64_t align = 1;       // divisor of each expert's number of rows there
   Logits logits = Logits::Normal;

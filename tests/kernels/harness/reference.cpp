@@ -239,6 +239,7 @@ void run(const GateBackward& a) {
 void run(const Assign& a) {
   const Type type = a.is_double ? Type::F64 : Type::F32;
   const View weight{type, a.weight}, draws{type, a.draws}, threshold{type, a.threshold};
+  const View keys{type, a.keys};
   const Result kept{a.kept};
   kept.fill(pairs_of(a), 0);
   std::fill_n(a.slot, pairs_of(a), kBelowThreshold);
@@ -250,15 +251,29 @@ void run(const Assign& a) {
     const double quotient = a.policy == Policy::None ? 0 : weight[pair] / std::max(threshold[rank], a.eps);
     return a.policy == Policy::Random && draws[pair] < (a.is_double ? quotient : float(quotient));  // rounded as in kernels
   };
+  std::vector<std::vector<int64_t>> queues(size_t(a.groups * a.experts));  // routed pairs of each expert in the order of slots
   const auto give_slot = [&](int64_t group, int64_t token, int64_t k) {
     const int64_t pair = (group * a.tokens + token) * a.top_n + k, e = a.expert[pair];
     if (!is_valid(a, group * a.tokens + token) || e < 0 || e >= a.experts || !is_routed(pair, k)) return;
     const int32_t slot = a.demand[group * a.experts + e]++;  // the number of pairs routed before this one
     a.slot[pair] = a.dropless() || slot < a.capacity ? slot : kOverCapacity;
+    queues[size_t(group * a.experts + e)].push_back(pair);
   };
   for (int64_t group = 0; group < a.groups; ++group) {
     for (int64_t i = 0; i < a.tokens * a.top_n; ++i) {  // token by token, or rank by rank
       a.dropless() ? give_slot(group, i / a.top_n, i % a.top_n) : give_slot(group, i % a.tokens, i / a.tokens);
+    }
+  }
+  for (const std::vector<int64_t>& queue : queues) {
+    if (a.keys == nullptr) break;
+    std::vector<int64_t> by_key = queue;  // the largest key first, NaN last
+    std::stable_sort(by_key.begin(), by_key.end(), [&](int64_t one, int64_t other) {
+      return keys[one] > keys[other] || (keys[one] == keys[one] && keys[other] != keys[other]);
+    });
+    if (int64_t(by_key.size()) > a.capacity) by_key.resize(size_t(a.capacity));
+    int32_t slot = 0;
+    for (const int64_t pair : queue) {
+      a.slot[pair] = std::find(by_key.begin(), by_key.end(), pair) != by_key.end() ? slot++ : kOverCapacity;
     }
   }
   int32_t end = 0;
