@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from .data import BYTE_KINDS
-from .train import TOP_N, Evaluation, History, Settings
+from .history import History
+from .train import TOP_N, Evaluation, Settings
 
 DEAD = 0.1
 SHOWN_BLOCK = 0
@@ -99,29 +100,33 @@ def _load(results: Results) -> Table:
 
 
 def _verdict(results: Results) -> Iterator[str]:
-    last = results.history.dropped[-50:]
-    yield f"Dropped in training: {100 * sum(last) / len(last):.1f} % of the routed pairs, mean of the last {len(last)} steps."
+    last = results.history.figure("drop_fraction")[-50:]
+    yield f"Dropped in training: {100 * last.mean():.1f} % of the routed pairs, mean of the last {len(last)} steps."
     yield "Dead experts: " + (", ".join(f"{e} of block {b}" for b, e in results.dead) or "none") + "."
     if not results.learned:
         yield "It did not learn: the held-out loss is not below the unigram entropy."
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes the picture: losses, one block's expert load over time, and what its experts received."""
+    """Writes the picture: losses, the router's health over time, and what one block's experts received."""
     s = results.settings
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 10.4), layout="constrained")
+        figure = Figure(figsize=(13, 14), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, rect=(0, 0.03, 1, 0.97))
-        panels = figure.subplot_mosaic([["loss", "load"], ["kinds", "kinds"]])
+        rows = [["loss", "load"], ["violation", "entropy"], ["kinds", "kinds"]]
+        panels = figure.subplot_mosaic(rows, height_ratios=(1, 0.75, 1))
         _draw_losses(panels["loss"], results)
-        _draw_load(panels["load"], torch.stack(results.history.load)[:, SHOWN_BLOCK])
+        _draw_load(panels["load"], results.history.load[:, SHOWN_BLOCK])
+        _draw_violation(panels["violation"], results.history.figure("max_violation"))
+        _draw_entropy(panels["entropy"], results.history.figure("entropy"), s.experts)
         _draw_kinds(panels["kinds"], results.after.received[SHOWN_BLOCK])
         figure.suptitle("A Mixture-of-Experts language model learns Python, routed by topn_gating", fontsize=17, weight="bold")
         figure.text(
             0.5,
             0.012,
             f"{s.layers} blocks of {s.experts} experts, top-{min(TOP_N, s.experts)}, trained for {s.steps} steps of "
-            f"{s.batch * s.context:,} bytes of the standard library's source. Experts of block {SHOWN_BLOCK}. Seed {s.seed}.",
+            f"{s.batch * s.context:,} bytes of the standard library's source. Experts shown: block {SHOWN_BLOCK}. "
+            f"Seed {s.seed}.",
             ha="center",
         )
         figure.savefig(path, format="png", dpi=110)
@@ -151,8 +156,37 @@ def _draw_load(axes: Axes, load: Tensor) -> None:
     middles = shares[-1].cumsum(0) - shares[-1] / 2
     for expert, middle, color in zip(reversed(range(experts)), middles.tolist(), colors, strict=True):
         _beside(axes, (steps, middle), f"expert {expert}", color)
-    axes.set(title="Load of each expert in training", xlabel="step", ylabel="share of the filled slots, %")
+    axes.set(title="Demand for each expert in training", xlabel="step", ylabel="share of the routed pairs, %")
     axes.set(xlim=(1, max(2, steps)), ylim=(0, 100))
+    axes.xaxis.set_major_locator(MaxNLocator(**STEP_TICKS))
+
+
+def _draw_violation(axes: Axes, violation: Tensor) -> None:
+    _draw_blocks(axes, violation)
+    axes.set(title="Imbalance of the experts (MaxVio)", xlabel="step", ylabel="max demand / mean demand − 1")
+    axes.set_ylim(0, None)
+    if violation.shape[1] <= 4:  # more names are in the next panel, which has room for them
+        axes.legend()
+
+
+def _draw_entropy(axes: Axes, entropy: Tensor, experts: int) -> None:
+    _draw_blocks(axes, entropy)
+    axes.axhline(math.log(experts), color=ACCENT, linestyle="--", linewidth=1.2, label=f"all {experts} experts alike")
+    _beside(axes, (len(entropy), math.log(experts)), f"{math.log(experts):.2f}", ACCENT)
+    axes.set(title="Entropy of a token's gates", xlabel="step", ylabel="nats")
+    axes.set_ylim(0, None)
+    axes.legend(ncols=1 + entropy.shape[1] // 5)
+
+
+def _draw_blocks(axes: Axes, values: Tensor) -> None:
+    """Draws figures ``(steps, layers)``, a line for each block."""
+    steps, layers = values.shape
+    smooth = _moving_average(values.double(), steps // SMOOTH)
+    colors = matplotlib.colormaps["viridis"](torch.linspace(0.1, 0.75, layers).tolist())
+    for block, color in enumerate(colors):
+        axes.plot(range(1, steps + 1), values[:, block], color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(range(1, steps + 1), smooth[:, block], color=color, linewidth=2, label=f"block {block}")
+    axes.set_xlim(1, max(2, steps))
     axes.xaxis.set_major_locator(MaxNLocator(**STEP_TICKS))
 
 

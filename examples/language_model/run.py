@@ -1,6 +1,7 @@
 """The command line: trains a small Mixture-of-Experts language model and shows what its experts did."""
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -32,26 +33,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f'The demo needs {", ".join(missing)}: pip install "topn_gating[demo]"', file=sys.stderr)
         return 1
+    if options.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        print("--tensorboard needs tensorboard: pip install tensorboard", file=sys.stderr)
+        return 1
     from rich.console import Console
 
     from .report import draw, show
     from .train import Settings
 
-    sizes = {name: value for name, value in vars(options).items() if name != "out"}
+    sizes = {name: value for name, value in vars(options).items() if name not in ("out", "tensorboard")}
     try:
         settings = Settings(**sizes)
     except ValueError as error:
         parser.error(str(error))
     console = Console()
-    results = measure(settings, console)
+    results = measure(settings, console, options.tensorboard)
     show(results, console)
     draw(results, options.out)
     console.print(f"Picture: {options.out}", highlight=False, soft_wrap=True)
     return 0 if results.passed else 1
 
 
-def measure(settings: "Settings", console: "Console") -> "Results":
-    """Trains a model and evaluates it before and after training. The same seed gives the same losses."""
+def measure(settings: "Settings", console: "Console", log: Path | None = None) -> "Results":
+    """Trains a model and evaluates it before and after training. The same seed gives the same losses.
+
+    With a folder ``log`` there is a TensorBoard log of training in it.
+    """
     from .report import Results
     from .train import LanguageModel, evaluate, train
 
@@ -62,7 +69,13 @@ def measure(settings: "Settings", console: "Console") -> "Results":
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters / 1e6:.1f} M parameters, {len(corpus.train) / 1e6:.1f} MB of text", highlight=False)
     before = evaluate(model, held_out)
-    history = train(model, corpus.train, held_out, settings)
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if log is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = stack.enter_context(SummaryWriter(str(log)))
+        history = train(model, corpus.train, held_out, settings, writer)
     after = evaluate(model, held_out)
     return Results(settings, history, before, after, unigram_entropy(held_out[:, 1:]))
 
@@ -74,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=_file_to_write, default=Path("demo.png"), help="the picture")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log each training step there for TensorBoard")
     parser.add_argument("--seed", type=int, default=0, help="two runs under one seed give the same losses")
     parser.add_argument("--steps", type=_count, default=800, help="optimizer steps")
     parser.add_argument("--batch", type=_count, default=8, help="sequences in a step")

@@ -1,8 +1,8 @@
 """The demo's model, a byte-level transformer whose feedforwards are Mixtures of Experts, and its training."""
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,10 @@ from tqdm import tqdm
 from topn_gating import MoE, Routing, combine, dispatch
 
 from .data import BYTE_KINDS, byte_kinds, random_windows
+from .history import History, write_step
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 BYTES = 256
 RECENT = 4
@@ -89,6 +93,7 @@ class Block(nn.Module):
             capacity_factor_train=1.25 * top_n,
             capacity_factor_eval=experts,  # room for the whole sequence: no drops, so no token depends on a later one
             policy_eval="all",
+            stats=True,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -143,23 +148,6 @@ class Evaluation(NamedTuple):
         return received / received.sum(-1, keepdim=True)
 
 
-@dataclass
-class History:
-    """Figures of training, one for each step; ``held_out`` has one for each evaluation."""
-
-    loss: list[float] = field(default_factory=list)
-    dropped: list[float] = field(default_factory=list)
-    load: list[Tensor] = field(default_factory=list)  # (layers, e), each expert's share of the layer's filled slots
-    held_out: list[tuple[int, float]] = field(default_factory=list)  # step, loss
-
-    def add(self, loss: Tensor, routings: list[Routing]) -> None:
-        """Appends the figures of a step."""
-        self.loss.append(loss.item())
-        self.dropped.append(torch.stack([r.drop_fraction for r in routings]).mean().item())
-        load = torch.stack([r.load.flatten(0, -2).sum(0) for r in routings])
-        self.load.append(load / load.sum(-1, keepdim=True))
-
-
 def next_byte_loss(model: LanguageModel, windows: Tensor) -> tuple[Tensor, list[Routing]]:
     """Returns the cross-entropy in nats per byte of windows ``(batch, n + 1)``, and the routings."""
     logits, routings = model(windows[:, :-1])
@@ -187,8 +175,13 @@ def received_by_kind(routing: Routing, kinds: Tensor) -> Tensor:
     return torch.bincount(cell[routing.slot >= 0], minlength=math.prod(shape)).view(shape)
 
 
-def train(model: LanguageModel, text: Tensor, held_out: Tensor, settings: Settings) -> History:
-    """Trains on random windows of ``text`` with AdamW, and evaluates at regular steps on ``held_out``."""
+def train(
+    model: LanguageModel, text: Tensor, held_out: Tensor, settings: Settings, writer: "SummaryWriter | None" = None
+) -> History:
+    """Trains on random windows of ``text`` with AdamW, and evaluates at regular steps on ``held_out``.
+
+    The figures of each step go to a TensorBoard log, if there is one.
+    """
     history = History()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_cosine(step / settings.steps))
@@ -206,7 +199,9 @@ def train(model: LanguageModel, text: Tensor, held_out: Tensor, settings: Settin
             history.add(loss, routings)
             if step % evaluate_every == 0 and step < settings.steps:
                 history.held_out.append((step, evaluate(model, held_out).loss))
-            bar.set_postfix(loss=f"{history.loss[-1]:.2f}", dropped=f"{100 * history.dropped[-1]:.1f}%", refresh=False)
+            if writer is not None:
+                write_step(writer, history)
+            bar.set_postfix(loss=f"{history.loss[-1]:.2f}", dropped=f"{100 * history.dropped():.1f}%", refresh=False)
             bar.update(tokens)
     return history
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from language_model import run
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import topn_gating
 
@@ -185,10 +186,81 @@ def test_two_runs_give_the_same_losses(tiny):
         model = LanguageModel(settings)
         held_out = even_windows(text, settings.windows, settings.context + 1)
         history = train(model, text, held_out, settings)
-        return history.loss, history.dropped, history.held_out, evaluate(model, held_out).loss
+        return history.loss, history.blocks, history.held_out, evaluate(model, held_out).loss
 
     assert losses(tiny) == losses(tiny)
     assert losses(tiny) != losses(Settings(**TINY | {"seed": 1}))
+
+
+def of_layers(loss, routings):
+    """The figures of a step by the names of the log, each from its layer's own statistics."""
+    figures = {"loss/training": loss}
+    for index, routing in enumerate(routings):
+        stats = routing.stats()
+        figures |= {f"block_{index}/{name}": getattr(routing, name) for name in ("balance_loss", "router_z_loss")}
+        figures |= {f"block_{index}/{name}": getattr(stats, name) for name in stats._fields if name not in ("load", "demand")}
+        demand = stats.demand.sum(0)
+        figures |= {f"block_{index}_demand/expert_{expert}": demand[expert] for expert in range(len(demand))}
+    return {name: value.item() for name, value in figures.items()}
+
+
+def test_log_has_the_statistics_of_every_layer_and_step(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from language_model import train
+    from language_model.data import even_windows
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    expected, add = [], train.History.add
+    monkeypatch.setattr(train.History, "add", lambda *args: (expected.append(of_layers(*args[1:])), add(*args)))
+    text = torch.randint(256, (1000,), dtype=torch.uint8)
+    with SummaryWriter(str(tmp_path)) as writer:
+        held_out = even_windows(text, tiny.windows, tiny.context + 1)
+        history = train.train(train.LanguageModel(tiny), text, held_out, tiny, writer)
+    log = EventAccumulator(str(tmp_path)).Reload()
+    assert set(log.Tags()["scalars"]) == {"loss/held_out", *expected[0]}
+    assert len(expected) == tiny.steps
+    for name in expected[0]:
+        values = [(event.step, event.value) for event in log.Scalars(name)]
+        assert values == [(step, pytest.approx(figures[name])) for step, figures in enumerate(expected, 1)]
+    assert [(e.step, e.value) for e in log.Scalars("loss/held_out")] == [(s, pytest.approx(v)) for s, v in history.held_out]
+    dropped = [sum(figures[f"block_{i}/drop_fraction"] for i in range(2)) / 2 for figures in expected]
+    assert history.dropped() == pytest.approx(dropped[-1])
+    assert history.figure("drop_fraction").mean(1).tolist() == pytest.approx(dropped)
+    load = [[[f[f"block_{i}_demand/expert_{e}"] for e in range(4)] for i in range(2)] for f in expected]
+    torch.testing.assert_close(history.load, torch.tensor(load) / torch.tensor(load).sum(-1, keepdim=True))
+
+
+def test_training_step_is_read_once(tiny, monkeypatch):
+    """Whatever asks a fake tensor for a value raises, so that the one ``tolist`` is all that a step copies to the host."""
+    from language_model import train
+
+    class Writer:
+        scalars = 0
+
+        def add_scalar(self, tag, value, step):
+            self.scalars += isinstance(value, float)
+
+    def tolist(t):
+        read.append(tuple(t.shape))
+        return [1.0] * t.numel()
+
+    read, writer = [], Writer()
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+    monkeypatch.setattr(train, "evaluate", lambda *args: train.Evaluation(1.0, None))
+    with FakeTensorMode():
+        text = torch.zeros(1000, dtype=torch.uint8)
+        train.train(train.LanguageModel(tiny), text, text[:0], tiny, writer)
+    figures = 1 + tiny.layers * (7 + tiny.experts)
+    assert read == [(figures,)] * tiny.steps
+    assert writer.scalars == tiny.steps * figures + tiny.steps - 1  # and the loss of held-out text but for the last step
+
+
+def test_log_without_tensorboard_says_how_to_get_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run, "PACKAGES", ())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run.main(["--tensorboard", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "--tensorboard needs tensorboard: pip install tensorboard\n"
 
 
 def test_training_learns(tiny):
@@ -245,9 +317,11 @@ def test_moving_average():
 
 @needs_extra
 def test_demo_draws_its_picture_and_fails_where_nothing_was_learned(tmp_path, capsys):
-    picture = tmp_path / "picture.png"
+    pytest.importorskip("tensorboard")
+    picture, log = tmp_path / "picture.png", tmp_path / "log"
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    assert run.main([*options, "--out", str(picture)]) == 1  # three steps are too few to learn
+    assert run.main([*options, "--out", str(picture), "--tensorboard", str(log)]) == 1  # three steps are too few to learn
+    assert next(log.iterdir()).name.startswith("events.out.tfevents")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
     out = capsys.readouterr().out
