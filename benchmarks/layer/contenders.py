@@ -11,6 +11,7 @@ from .models import Model, router
 EVEN, ZIPF = "even", "Zipf"
 LOADS = (EVEN, ZIPF)
 LOGIT_DEVIATION = 1.28  # standard deviation of the Gumbel noise that makes a softmax's choice of the largest logits
+SELECT_BIAS_DEVIATION = 0.02  # small beside that of the logits' sigmoids, 0.25, but enough to change choices
 FEW_TOKENS = 64  # on which a contender that copies weights is compared
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # largest relative difference of a result
 
@@ -19,7 +20,8 @@ class Layer:
     """A model's layer with its weights, the tokens that every contender gets, and the results that are expected.
 
     The first feature of every token is 1, and the router's weights of that feature add to the logits the logarithms of the
-    experts' popularity: the same for all ("even"), or 1/i for the i-th of a random order ("Zipf").
+    experts' popularity: the same for all ("even"), or 1/i for the i-th of a random order ("Zipf"). DeepSeek-V3's
+    bias, which is for the choice alone, is random.
 
     Attributes:
         block: transformers' block with its eager experts.
@@ -36,8 +38,8 @@ class Layer:
             transposed = model.block_class.__name__ == "GptOssMLP" and weight.dim() == 3
             fan_in = model.dim if "bias" in name else weight.shape[-2 if transposed else -1]
             nn.init.normal_(weight, std=fan_in**-0.5)
-        for buffer in self.block.buffers():
-            buffer.zero_()
+        for bias in self.block.buffers():
+            nn.init.normal_(bias, std=SELECT_BIAS_DEVIATION)
         popularity = torch.ones(model.num_experts)
         if load == ZIPF:
             popularity /= 1 + torch.randperm(model.num_experts)

@@ -1,7 +1,7 @@
 """The models whose layers are compared: sizes, and the block of each as transformers has it."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,8 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 class Model(NamedTuple):
     """The sizes of a model's layer: features, experts, experts of a token, and hidden features of an expert.
 
-    ``softmax`` says whether the weights of a token are the softmax of its chosen logits, as :class:`topn_gating.TopNGating` has
-    them.
+    ``gate`` has keywords of :class:`topn_gating.TopNGating`, where a token's weights are not the softmax of its chosen logits.
     """
 
     name: str
@@ -26,7 +25,7 @@ class Model(NamedTuple):
     hidden: int
     make_config: Callable[["Model"], PreTrainedConfig]
     block_class: Callable[[PreTrainedConfig], nn.Module]
-    softmax: bool = True
+    gate: Mapping[str, Any] = {}
 
     @property
     def sizes(self) -> str:
@@ -72,14 +71,16 @@ def qwen3(model: Model) -> PreTrainedConfig:
 
 
 def deepseek_v3(model: Model) -> PreTrainedConfig:
-    """Returns the configuration of DeepSeek-V3 at the model's sizes: 8 groups, of which 4 are open, and a shared expert."""
+    """Returns the configuration of DeepSeek-V3 at the model's sizes, with its router and one shared expert."""
     return DeepseekV3Config(
         hidden_size=model.dim,
         moe_intermediate_size=model.hidden,
         n_routed_experts=model.num_experts,
         num_experts_per_tok=model.top_k,
-        n_group=8,
-        topk_group=4,
+        n_group=model.gate["groups"],
+        topk_group=model.gate["top_groups"],
+        routed_scaling_factor=model.gate["scale"],
+        norm_topk_prob=model.gate["normalize"],
         n_shared_experts=1,
     )
 
@@ -94,10 +95,14 @@ def gpt_oss(model: Model) -> PreTrainedConfig:
     )
 
 
+DEEPSEEK_V3 = {
+    **{"score": "sigmoid", "select_bias": True, "groups": 8, "top_groups": 4, "normalize": True, "scale": 2.5, "eps": 1e-20},
+    "router_dtype": torch.float32,
+}
 MODELS = (
     Model("Mixtral-like", 512, 8, 2, 1024, mixtral, MixtralSparseMoeBlock),
     Model("Qwen3-like", 512, 64, 8, 256, qwen3, Qwen3MoeSparseMoeBlock),
     Model("Qwen3-like, 128 experts", 512, 128, 8, 256, qwen3, Qwen3MoeSparseMoeBlock),
-    Model("DeepSeek-V3-like", 512, 64, 8, 256, deepseek_v3, DeepseekV3MoE, softmax=False),
+    Model("DeepSeek-V3-like", 512, 64, 8, 256, deepseek_v3, DeepseekV3MoE, DEEPSEEK_V3),
     Model("gpt-oss-like", 512, 32, 4, 512, gpt_oss, GptOssMLP),
 )

@@ -118,7 +118,10 @@ class Megatron(Contender):
     """Megatron-core's router functions, permute, SequentialMLP, and unpermute, as its layer joins them."""
 
     name = "Megatron-core"
-    about = "its router functions, permute and unpermute in torch, SequentialMLP; its grouped experts need CUDA"
+    about = (
+        "its router functions, permute and unpermute in torch, SequentialMLP, and transformers' shared expert; its grouped "
+        "experts need CUDA"
+    )
     install = "pip install --no-deps megatron-core"
 
     @classmethod
@@ -129,7 +132,7 @@ class Megatron(Contender):
 
     @classmethod
     def takes(cls, model: Model) -> bool:
-        return model.name.startswith(("Mixtral", "Qwen3"))
+        return model.name.startswith(("Mixtral", "Qwen3", "DeepSeek"))
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
@@ -167,15 +170,28 @@ class Megatron(Contender):
     @property
     def weights(self) -> Mapping[str, Tensor]:
         own = {f"{name}.{i}": w for name, weights in self.per_expert.items() for i, w in enumerate(weights)}
-        return {"gate.weight": self.layer.weights["gate.weight"]} | own
+        shared = {name: w for name, w in self.layer.weights.items() if name.startswith(("gate.", "shared_experts."))}
+        return shared | own
 
     def forward(self, x: Tensor) -> Tensor:
-        functions, flat = self.core.functions, x.flatten(0, 1)
-        logits = F.linear(flat, self.layer.weights["gate.weight"])
-        weight, chosen = functions.topk_routing_with_score_function(logits, self.layer.model.top_k, use_pre_softmax=False)
+        functions, flat, gate = self.core.functions, x.flatten(0, 1), self.layer.model.gate
+        router_dtype = gate.get("router_dtype", flat.dtype)
+        logits = F.linear(flat.to(router_dtype), self.layer.weights["gate.weight"].to(router_dtype))
+        weight, chosen = functions.topk_routing_with_score_function(
+            logits,
+            self.layer.model.top_k,
+            num_groups=gate.get("groups"),
+            group_topk=gate.get("top_groups"),
+            scaling_factor=gate.get("scale"),
+            score_function=gate.get("score", "softmax"),
+            expert_bias=router(self.layer.block).e_score_correction_bias if gate.get("select_bias") else None,
+        )
         rows, weight, pairs, *_ = functions.permute(flat, chosen, probs=weight)
         rows, _ = self.module(rows, chosen.sum(0), weight)
-        return functions.unpermute(rows, pairs, flat.shape, routing_map=chosen).view_as(x)
+        outputs = functions.unpermute(rows, pairs, flat.shape, routing_map=chosen).view_as(x)
+        if hasattr(self.layer.block, "shared_experts"):
+            outputs = outputs + self.layer.block.shared_experts(x)
+        return outputs
 
     def results(self, tokens: int) -> Mapping[str, Tensor]:
         results = dict(super().results(tokens))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import topn_gating
 
 from .contenders import Contender, Layer, Transformers
-from .models import Model, router
+from .models import router
 
 
 class Ours(Contender):
@@ -16,10 +16,6 @@ class Ours(Contender):
     name = "topn_gating"
     about = "this package: MoE(dropless=True) with GLUExperts; in training it computes both losses too"
     dropless = True
-
-    @classmethod
-    def takes(cls, model: Model) -> bool:
-        return model.softmax
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
@@ -40,13 +36,17 @@ class Ours(Contender):
             policy_train="all",
             policy_eval="all",
             straight_through_dispatch_tensor=False,
+            shared_experts=getattr(layer.block, "shared_experts", None),
             dtype=layer.dtype,
+            **model.gate,
         )
         gate = router(layer.block)
         if getattr(gate, "bias", None) is not None:
             self.module.gate.to_gates = nn.Linear(model.dim, model.num_experts, device="meta")
             self.module.gate.to_gates.bias = gate.bias
         self.module.gate.to_gates.weight = gate.weight
+        if self.module.gate.select_bias is not None:
+            self.module.gate.select_bias.copy_(gate.e_score_correction_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.module(x).outputs

@@ -103,9 +103,19 @@ def test_contenders_agree(kind, model, load, loaded):
     assert contender.left_out() == 0 or kind in (Capacity, StMoe)
 
 
-@pytest.mark.parametrize("kind", [Ours, OursInTransformers, GroupedMm, BatchedMm], ids=lambda kind: kind.name)
-def test_contenders_agree_in_bfloat16(kind, loaded):
-    assert loaded(kind)(Layer(quick("Qwen3-like"), EVEN, torch.bfloat16, TOKENS)).difference() is None
+@pytest.mark.parametrize("kind", [Ours, OursInTransformers, GroupedMm, BatchedMm, Megatron], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("model", ["Qwen3-like", "DeepSeek-V3-like"])
+def test_contenders_agree_in_bfloat16(model, kind, loaded):
+    assert loaded(kind)(Layer(quick(model), EVEN, torch.bfloat16, TOKENS)).difference() is None
+
+
+def test_deepseek_chooses_by_its_bias_in_four_of_eight_groups():
+    layer = Layer(quick("DeepSeek-V3-like"), EVEN, torch.float32, TOKENS)
+    gate = Ours(layer).module.gate
+    expert = gate.route(layer.x).expert
+    assert all(len(set((chosen // 8).tolist())) <= 4 for chosen in expert.flatten(0, -2))
+    gate.select_bias.zero_()
+    assert not torch.equal(gate.route(layer.x).expert, expert)
 
 
 def test_every_result_is_compared(monkeypatch):
