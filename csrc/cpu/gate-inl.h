@@ -45,7 +45,7 @@ class TileGating {
     }
     valid_tokens_ = 0;
     z_loss_ = entropy_ = squares_ = {};
-    largest_ = V{};
+    largest_ = Key{};
     for (int64_t token = tile.first; token < tile.last; token += RowLayout::tokens) {
       tokens_.move_to(token, tile.last);
       gate(sums.counts);
@@ -159,13 +159,21 @@ class TileGating {
 
   void add_logits(Key valid) {
     const V* z = tokens_.keeps_logits ? tokens_.logits : tokens_.scores;
-    V sum{};
-    for (int i = 0; i < tokens_.layout.count; ++i) {
-      const V logit = masked(valid, z[i]), magnitude = masked(Key{} + std::numeric_limits<Int>::max(), logit);
+    V squares[4] = {};  // several sums, so that none waits for the one before
+    Key largest{};
+    const auto add = [&](V logit, V& sum) {
       sum += logit * logit;
-      largest_ = magnitude > largest_ ? magnitude : largest_;
+      const Key magnitude = RowLayout::as_int(logit) & std::numeric_limits<Int>::max();
+      largest = magnitude > largest ? magnitude : largest;
+    };
+    int i = 0;
+    for (; i + 4 <= tokens_.layout.count; i += 4) {
+      for (int u = 0; u < 4; ++u) add(z[i + u], squares[u]);
     }
-    squares_ += InDouble<Scalar>::of(sum);
+    for (; i < tokens_.layout.count; ++i) add(z[i], squares[0]);
+    squares_ += InDouble<Scalar>::of(masked(valid, (squares[0] + squares[1]) + (squares[2] + squares[3])));
+    largest &= valid;
+    largest_ = largest > largest_ ? largest : largest_;
   }
 
   void add_entropy(const GateSums& sums, Key valid) {
@@ -188,9 +196,9 @@ class TileGating {
   }
 
   double largest_of_lanes() const {
-    double largest = 0;
-    for (int l = 0; l < RowLayout::tokens; ++l) largest = std::max(largest, double(largest_[l]));
-    return largest;
+    int most = 0;
+    for (int l = 1; l < RowLayout::tokens; ++l) most = largest_[l] > largest_[most] ? l : most;
+    return RowLayout::as_float(largest_)[most];
   }
 
   const Gate& a_;
@@ -202,7 +210,7 @@ class TileGating {
   Scratch<InDouble<Scalar>> importance_;  // (e)
   int64_t valid_tokens_ = 0;
   InDouble<Scalar> z_loss_, entropy_, squares_;
-  V largest_;
+  Key largest_;  // bits of the largest magnitude of a logit
 };
 
 template <class Scalar, class T>
