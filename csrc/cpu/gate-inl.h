@@ -70,16 +70,21 @@ class TileGating {
   };
 
   void gate(int32_t* counts) {
-    const RowLayout& layout = tokens_.layout;
     V* s = tokens_.scores;
     tokens_.read_scores();
     const Key valid = tokens_.valid();
-    if (a_.statistics != nullptr) add_logits(valid);
-    if (a_.given != nullptr) {
-      read_given();
-    } else if (!selects_by_gates(a_)) {
-      stable_topn([&](int i) { return score_key<RowLayout>(s[i]); }, layout.count, int(a_.top_n), static_cast<Key*>(keys_),
-                  static_cast<Key*>(expert_));
+    const bool by_scores = a_.given == nullptr && !selects_by_gates(a_), statistics = a_.statistics != nullptr;
+    if (a_.given != nullptr) read_given();
+    if (by_scores && statistics && !tokens_.keeps_logits) {  // in the same pass
+      LogitSums sums;
+      choose([&](int i) {
+        sums.add(s[i]);
+        return score_key<RowLayout>(s[i]);
+      });
+      add_logits(sums, valid);
+    } else {
+      if (by_scores) choose([&](int i) { return score_key<RowLayout>(s[i]); });
+      if (statistics) add_logits(sum_logits(), valid);
     }
     const GateSums sums = gates();
     if (a_.given == nullptr && selects_by_gates(a_)) selection_.select(s, expert_);
@@ -87,6 +92,12 @@ class TileGating {
     if (a_.losses) add_to_losses(sums, valid, counts);
     if (a_.statistics != nullptr) add_entropy(sums, valid);
     write_weights();
+  }
+
+  // docs/spec.md, step 5, by keys of the scores.
+  template <class KeyOf>
+  TOPN_INLINE void choose(const KeyOf& key_of) {
+    stable_topn(key_of, tokens_.layout.count, int(a_.top_n), static_cast<Key*>(keys_), static_cast<Key*>(expert_));
   }
 
   // docs/spec.md, step 4: turns the scores into gates.
@@ -157,22 +168,28 @@ class TileGating {
     z_loss_ += InDouble<Scalar>::map([&](int i) { return value.vectors[i] * value.vectors[i]; });
   }
 
-  void add_logits(Key valid) {
-    const V* z = tokens_.keeps_logits ? tokens_.logits : tokens_.scores;
-    V squares[4] = {};  // several sums, so that none waits for the one before
-    Key largest{};
-    const auto add = [&](V logit, V& sum) {
-      sum += logit * logit;
+  // Sums of a token's logits for the statistics.
+  struct LogitSums {
+    V squares{};
+    Key largest{};  // bits of the largest magnitude
+
+    TOPN_INLINE void add(V logit) {
+      squares += logit * logit;
       const Key magnitude = RowLayout::as_int(logit) & std::numeric_limits<Int>::max();
       largest = magnitude > largest ? magnitude : largest;
-    };
-    int i = 0;
-    for (; i + 4 <= tokens_.layout.count; i += 4) {
-      for (int u = 0; u < 4; ++u) add(z[i + u], squares[u]);
     }
-    for (; i < tokens_.layout.count; ++i) add(z[i], squares[0]);
-    squares_ += InDouble<Scalar>::of(masked(valid, (squares[0] + squares[1]) + (squares[2] + squares[3])));
-    largest &= valid;
+  };
+
+  LogitSums sum_logits() const {
+    const V* z = tokens_.keeps_logits ? tokens_.logits : tokens_.scores;
+    LogitSums sums;
+    for (int i = 0; i < tokens_.layout.count; ++i) sums.add(z[i]);
+    return sums;
+  }
+
+  void add_logits(const LogitSums& sums, Key valid) {
+    squares_ += InDouble<Scalar>::of(masked(valid, sums.squares));
+    const Key largest = sums.largest & valid;
     largest_ = largest > largest_ ? largest : largest_;
   }
 
