@@ -1,5 +1,5 @@
-// Exponential, logarithms and square root in float, for a scalar or a SIMD vector V. Every backend computes the same bits, except where its
-// compiler contracts a product and a sum into one instruction.
+// Exponential, logarithms and square root in float, for a scalar or a SIMD vector V. Every backend computes the same bits, except
+// where its compiler contracts a product and a sum into one instruction.
 //
 // `Bits` has static functions that reinterpret and convert V: as_int(V) and as_float(I) keep the bits, to_float(I) the value,
 // where I has an int32_t for each float of V.

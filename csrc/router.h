@@ -43,7 +43,7 @@ enum class GroupScore { Top2, Max };
 struct GateOptions {
   double eps;              // lower bound of sums that divide: of a token's weights, and of its gates where they are no softmax
   double noise_mult;       // factor of the Gumbel noise
-  bool soft;               // whether weights come from the soft top-n, computed in double since it magnifies rounding errors tenfold
+  bool soft;               // whether weights come from the soft top-n, computed in double: it magnifies rounding errors tenfold
   Score score;             // how gates are computed; the soft top-n takes Score::Softmax alone
   int64_t expert_groups;   // number of equal groups that neighbouring experts form, at least 1
   int64_t top_groups;      // number of expert groups that are open to a token
@@ -64,7 +64,7 @@ struct GateInputs : RoutingSizes, GateOptions {
 // docs/spec.md, steps 3 to 6, 10 and 11: noise, gates, stable top-n, weights, both losses, and statistics of the logits.
 struct Gate : GateInputs {
   const float* select_bias = nullptr;  // (e) added to the gates for the selection alone; null: 0
-  const int32_t* given = nullptr;      // (g, n, k) experts that take the place of the selection; null: none. Out of range: no expert
+  const int32_t* given = nullptr;      // (g, n, k) experts in place of the selection; null: none. Out of range: no expert
   bool losses = false;                 // whether importance, counts and both losses are wanted; if not, they are written as zeros
   void* weight = nullptr;              // (g, n, k) weights of the chosen experts, of the compute type; 0 where there is no expert
   int32_t* expert = nullptr;           // (g, n, k) indices of the chosen experts; -1 where there is no expert
@@ -72,8 +72,8 @@ struct Gate : GateInputs {
   int32_t* counts = nullptr;           // (g, e) number of the counted ranks of valid tokens that chose this expert
   void* balance_loss = nullptr;        // () of the compute type
   void* router_z_loss = nullptr;       // () of the compute type
-  void* statistics = nullptr;          // (3) of the compute type, over valid tokens: mean entropy of the gates, largest magnitude and
-                                       // root mean square of the logits; null: not wanted
+  void* statistics = nullptr;          // (3) of the compute type, over valid tokens: mean entropy of the gates, largest magnitude
+                                       // and root mean square of the logits; null: not wanted
   void* workspace = nullptr;           // workspace_bytes(*this) bytes, aligned to 16
 };
 
@@ -121,8 +121,8 @@ struct Assign : RoutingSizes, AssignOptions {
   const void* draws = nullptr;       // (g, n, k) uniform in [0, 1); null unless Policy::Random
   const void* threshold = nullptr;   // (k); null unless Policy::Random or Policy::Threshold
   const bool* token_mask = nullptr;  // (g, n) true where the token is valid; null: all are
-  const void* keys = nullptr;        // (g, n, k) of the weights' type: where an expert has too few slots, its pairs with the largest
-                                     // keys hold them; null: its first pairs. Null in the dropless layout
+  const void* keys = nullptr;        // (g, n, k) of the weights' type: where an expert has too few slots, its pairs with the
+                                     // largest keys hold them; null: its first pairs. Null in the dropless layout
   void* kept = nullptr;              // (g, n, k) the weight of each pair that holds a slot, 0 for others
   int32_t* slot = nullptr;           // (g, n, k) the slot that each pair holds, or kBelowThreshold or kOverCapacity
   int32_t* source = nullptr;         // (g, e, C) or (R) token * top_n + rank of the group's pair that holds the row; -1: free

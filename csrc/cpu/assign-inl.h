@@ -5,8 +5,8 @@
 // rank and expert, or by expert alone, a scan over ranks and tiles turns the counts into the first slots, and each tile then
 // gives its pairs their slots alone. A group of a single tile goes through the three steps at once.
 //
-// Where keys decide which pairs hold a slot, that number is instead a pair's place in the queue of its expert, and each expert then
-// gives its slots to the pairs of its queue that have the largest keys.
+// Where keys decide which pairs hold a slot, that number is instead a pair's place in the queue of its expert, and each expert
+// then gives its slots to the pairs of its queue that have the largest keys.
 #pragma once
 
 #include "assignment.h"
@@ -314,7 +314,8 @@ void assign_groups_of_many_tiles(const Assign& a, StepOfTile last_step, Parallel
 
 template <class T>
 void assign_as(const Assign& a, ParallelFor parallel_for) {
-  const StepOfTile last_step = a.keys != nullptr ? copy_held_of_tile<T> : a.dropless() ? give_slots<T, true> : give_slots<T, false>;
+  const StepOfTile in_order = a.dropless() ? give_slots<T, true> : give_slots<T, false>;
+  const StepOfTile last_step = a.keys != nullptr ? copy_held_of_tile<T> : in_order;
   if (a.tokens == 0) {  // there is no tile, but all slots are free
     for (int64_t group = 0; group < a.groups; ++group) scan(a, group, nullptr);
   } else if (assign_tiles(a.tokens, a.experts) == 1) {

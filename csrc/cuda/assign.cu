@@ -168,8 +168,8 @@ struct Block {
       for (int64_t row = start_of(e) + demand[e] + lane_id(); row < start_of(e + 1); row += kWarp) source[row] = -1;
     }
     if constexpr (kDropless) {
-      const int64_t threads = int64_t(task.tiles) * blockDim.x;
-      for (int64_t row = starts[a.experts] + int64_t(tile) * blockDim.x + threadIdx.x; row < a.rows; row += threads) source[row] = -1;
+      const int64_t threads = int64_t(task.tiles) * blockDim.x, own = int64_t(tile) * blockDim.x + threadIdx.x;
+      for (int64_t row = starts[a.experts] + own; row < a.rows; row += threads) source[row] = -1;
     }
   }
 

@@ -9,21 +9,19 @@ namespace {
 struct GateBackwardTask {
   GateBackward gate;
   TilePlan plan;
-  double* valid_tokens;  // (g + 1) number of valid tokens of each group, then of all; where there is a mask
+  double* valid_tokens;  // (g) number of valid tokens of each group, where they are counted
   char* rows;
 };
 
-// Returns the bytes that valid_tokens takes of the workspace.
-int64_t valid_tokens_bytes(const GateBackward& a) {
-  return a.token_mask == nullptr ? 0 : (a.groups + 2) / 2 * 2 * int64_t(sizeof(double));
+// Returns whether valid tokens are counted: where there is a mask, and a gradient of a mean over valid tokens.
+__host__ __device__ inline bool counts_valid_tokens(const GateBackward& a) {
+  return a.token_mask != nullptr &&
+         (a.grad_importance != nullptr || a.grad_balance_loss != nullptr || a.grad_router_z_loss != nullptr);
 }
 
-// Returns the sum over a block of one number of each thread, in thread 0. `shared` has one place for each warp.
-__device__ __forceinline__ double block_sum(double value, double* shared) {
-  value = warp_sum(value);
-  if (lane_id() == 0) shared[warp_id()] = value;
-  __syncthreads();
-  return threadIdx.x == 0 ? sum_warps(shared) : 0.0;
+// Returns the bytes that valid_tokens takes of the workspace.
+int64_t valid_tokens_bytes(const GateBackward& a) {
+  return counts_valid_tokens(a) ? (a.groups + 1) / 2 * 2 * int64_t(sizeof(double)) : 0;
 }
 
 // Counts the valid tokens of a group in each block.
@@ -35,18 +33,10 @@ __global__ void count_valid_tokens(GateBackwardTask task) {
   for (int64_t i = threadIdx.x; i < a.tokens && group < a.groups; i += blockDim.x) {
     count += a.token_mask[group * a.tokens + i] ? 1.0 : 0.0;
   }
-  count = block_sum(count, shared);
-  if (threadIdx.x == 0 && group < a.groups) task.valid_tokens[group] = count;
-}
-
-// Adds up the groups' valid tokens. Runs in a single block.
-__global__ void sum_valid_tokens(GateBackwardTask task) {
-  const int64_t groups = task.gate.groups;
-  SIMT_DYN_SMEM(double, shared);
-  double count = 0;
-  for (int64_t group = threadIdx.x; group < groups; group += blockDim.x) count += task.valid_tokens[group];
-  count = block_sum(count, shared);
-  if (threadIdx.x == 0) task.valid_tokens[groups] = count;
+  count = warp_sum(count);
+  if (lane_id() == 0) shared[warp_id()] = count;
+  __syncthreads();
+  if (threadIdx.x == 0 && group < a.groups) task.valid_tokens[group] = sum_warps(shared);
 }
 
 // Differentiates tokens; `Softmax` is whether that is the score.
@@ -59,26 +49,24 @@ class Gradient {
 
   __device__ Gradient(const GateBackwardTask& task, char* memory)
       : layout(task.gate.experts), s(memory, layout.count), task_(task), a_(task.gate), q_(memory, layout.count),
-        grad_p_(memory, layout.count), importance_(memory, layout.count), slope_(memory, Softmax ? 0 : layout.count) {}
+        grad_p_(memory, layout.count), importance_(memory, layout.count), slope_(memory, Softmax ? 0 : layout.count),
+        z_scale_(scalar_gradient(a_.grad_router_z_loss)) {
+    if (z_scale_ != 0) z_scale_ = z_loss_scale(z_scale_, valid_tokens_of_all());
+  }
 
   __device__ void start_group(int64_t group) {
     const auto* const grad_importance = static_cast<const Weight*>(a_.grad_importance);
-    const bool masked = a_.token_mask != nullptr;
-    const double valid_tokens = masked ? task_.valid_tokens[group] : double(a_.tokens);
-    int counted = 0;
+    const double valid_tokens = counts_valid_tokens(a_) ? task_.valid_tokens[group] : double(a_.tokens);
+    double counted = 0;  // counts may be made up
     for (int64_t e = lane_id(); e < a_.experts; e += kWarp) counted += a_.counts[group * a_.experts + e];
     const ImportanceGradient gradient(scalar_gradient(a_.grad_balance_loss), a_.experts, a_.groups,
-                                      GroupShares(valid_tokens, warp_add(counted)));
+                                      GroupShares(valid_tokens, warp_sum(counted)));
     TOPN_UNROLL_BY(RowLayout::unroll)
     for (int i = 0; i < layout.count; ++i) {
       importance_[i] = 0;
       if (!layout.valid(i)) continue;
       const int64_t at = group * a_.experts + layout.index(i);
       importance_[i] = Scalar(gradient(grad_importance == nullptr ? 0.0 : double(grad_importance[at]), a_.counts[at]));
-    }
-    z_scale_ = scalar_gradient(a_.grad_router_z_loss);
-    if (z_scale_ != 0) {
-      z_scale_ = z_loss_scale(z_scale_, masked ? task_.valid_tokens[a_.groups] : double(a_.groups * a_.tokens));
     }
   }
 
@@ -130,6 +118,13 @@ class Gradient {
     for (int i = 0; i < layout.count; ++i) row[i] = 0;
   }
 
+  // Returns the number of valid tokens of all groups.
+  __device__ double valid_tokens_of_all() const {
+    if (!counts_valid_tokens(a_)) return double(a_.groups * a_.tokens);
+    double count = 0;
+    for (int64_t group = lane_id(); group < a_.groups; group += kWarp) count += task_.valid_tokens[group];
+    return warp_sum(count);
+  }
   // Returns the value of a loss's gradient; 0 where it is null.
   static __device__ __forceinline__ double scalar_gradient(const void* gradient) {
     return gradient == nullptr ? 0.0 : double(*static_cast<const Weight*>(gradient));
@@ -228,12 +223,11 @@ template <class T, class RowLayout, bool General>
 cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream, T* element, RowLayout* layout,
                                  std::bool_constant<General> general) {
   const GateBackwardTask task = task_of(a, element, layout, general);
-  if (a.token_mask != nullptr) {
+  if (counts_valid_tokens(a)) {
     if (a.groups > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
     const unsigned warps = SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::max<int64_t>(a.groups, 1));
-    const auto count = count_valid_tokens, sum = sum_valid_tokens;
-    cudaError_t error = SIMT_LAUNCH(count, blocks, warps * kWarp, warps * sizeof(double), stream, task);
-    if (error == cudaSuccess) error = SIMT_LAUNCH(sum, 1u, warps * kWarp, warps * sizeof(double), stream, task);
+    const auto count = count_valid_tokens;
+    const cudaError_t error = SIMT_LAUNCH(count, blocks, warps * kWarp, warps * sizeof(double), stream, task);
     if (error != cudaSuccess) return error;
   }
   const auto kernel = gate_backward_tokens<T, RowLayout, !General>;

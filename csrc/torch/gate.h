@@ -46,8 +46,8 @@ struct CheckedGateInputs {
                     experts, "), got ", o.expert_groups);
     STD_TORCH_CHECK(o.top_groups >= 1 && o.top_groups <= o.expert_groups, "top_groups must be from 1 to expert_groups (",
                     o.expert_groups, "), got ", o.top_groups);
-    STD_TORCH_CHECK(top_n <= o.top_groups * (experts / o.expert_groups), "top_n must be at most the number of experts of top_groups (",
-                    o.top_groups * (experts / o.expert_groups), "), got ", top_n);
+    const int64_t most = o.top_groups * (experts / o.expert_groups);
+    STD_TORCH_CHECK(top_n <= most, "top_n must be at most the number of experts of top_groups (", most, "), got ", top_n);
   }
 };
 

@@ -293,6 +293,10 @@ def sample() -> list[torch.Tensor]:
         for experts, top_n, soft in ((16, 2, False), (33, 3, True), (257, 8, False)):
             case = gate_case((2, 29, experts), top_n, dtype=dtype, mask=True, soft=soft)
             results += [*case.run(cpu), case.backward(cpu, case.random_gradients())]
+        for score in SCORES:
+            router = {"score": score, "bias": True, "groups": 4, "top_groups": 2, "scale": 2.5, "ranks": "all"}
+            case = gate_case((2, 29, 32), 3, dtype=dtype, mask=True, **router)
+            results += [*case.run(cpu), case.backward(cpu, case.random_gradients())]
         a = assignment((2, 40), 9, 3, 11, dtype=dtype)
         for dim in (1, 17, 64):
             x, y = torch.randn(2, 40, dim).to(dtype), torch.randn(2, 9, 11, dim).to(dtype)
@@ -303,7 +307,8 @@ def sample() -> list[torch.Tensor]:
         dense = cpu("dense", a.weight, *a.slots, dtype, True)
         results += [*dense, cpu("dense_backward", *dense, *a.slots)]
     for policy in POLICIES:
-        results += assign_case((3, 2000), 16, 3, 90, policy, mask=True).run(cpu)
+        for keys in (False, True):
+            results += assign_case((3, 2000), 16, 3, 90, policy, mask=True, keys=keys).run(cpu)
     return results
 
 

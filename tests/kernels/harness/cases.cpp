@@ -101,6 +101,8 @@ GateInputs gate_inputs(const Problem& p) {
     options.score = c.soft ? Score::Softmax : c.experts % 3 == 0 ? Score::SqrtSoftplus : Score::Sigmoid;
     options.scale = 2.5;
     options.all_ranks = true;
+    options.group_score = c.experts % 8 == 0 ? GroupScore::Max : GroupScore::Top2;
+    options.normalize = c.top_n > 1 && c.experts % 5 != 0;
     if (c.experts % 4 == 0 && c.top_n <= c.experts / 2) options.expert_groups = 4, options.top_groups = 2;
   }
   return {p.sizes(), options, c.dtype};

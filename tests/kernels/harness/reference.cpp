@@ -85,7 +85,8 @@ double valid_tokens(const GateInputs& a, int64_t first, int64_t last) {
 int64_t pairs_of(const RoutingSizes& a) { return a.groups * a.tokens * a.top_n; }
 int64_t rows_of(const Assignment& a) { return a.groups * a.rows; }
 
-// Returns the index in (g, e, C) or (R) of the row that a pair holds: the one that `slot` gives, if its `source` is the pair; else -1.
+// Returns the index in (g, e, C) or (R) of the row that a pair holds: the one that `slot` gives, if its `source` is the pair;
+// else -1.
 int64_t row_of(const Assignment& a, int64_t pair) {
   const int64_t group = pair / (a.tokens * a.top_n), e = a.expert[pair], c = a.slot[pair];
   if (e < 0 || e >= a.experts || c < 0) return -1;
