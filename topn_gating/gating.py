@@ -51,6 +51,8 @@ class TopNGating(nn.Module):
         dropless: the dropless layout (MegaBlocks, arXiv 2211.15841), where no token is dropped and nothing has a capacity
             (:class:`topn_gating.Routing`). It has no dense form: :meth:`route` alone gives it.
         align: divisor of each expert's number of rows when dropless.
+        max_tokens: the most tokens of a group. Experts have the slots of that many, so that buffers have one shape whatever the
+            number of tokens, as ranks that share experts need; by default those of the group's own number.
         score: the gates of the logits, see :func:`topn_gating.route`, as the next five.
         select_bias: gives the module a float32 buffer ``select_bias`` ``(num_gates,)``, added to the gates for the choice of
             the experts alone, which stays float32 whatever the module is converted to.
@@ -113,6 +115,7 @@ class TopNGating(nn.Module):
         *,
         dropless: bool = False,
         align: int = 1,
+        max_tokens: int | None = None,
         score: Score = "softmax",
         select_bias: bool = False,
         groups: int | None = None,
@@ -159,6 +162,9 @@ class TopNGating(nn.Module):
         self.align = check_count("align", align)
         if self.align != 1 and not dropless:
             raise ValueError(f"align must be 1 unless dropless, got {align}")
+        self.max_tokens = None if max_tokens is None else check_count("max_tokens", max_tokens)
+        if self.max_tokens is not None and dropless:
+            raise ValueError(f"max_tokens must be None when dropless, which has no capacity, got {max_tokens}")
         check_groups(self.num_gates, self.top_n, groups, top_groups, group_score)
         self.score = score
         self.groups = groups
@@ -210,7 +216,7 @@ class TopNGating(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows between the parentheses."""
         options: dict[str, Any] = {"score": self.score, "scale": self.scale, "normalize": self.normalize}
-        options["priority"] = self.priority
+        options |= {"priority": self.priority, "max_tokens": self.max_tokens}
         if self.groups is not None:
             options |= {"groups": self.groups, "top_groups": self.top_groups, "group_score": self.group_score}
         plain = {"score": "softmax", "scale": 1.0, "normalize": self.top_n > 1}
@@ -226,6 +232,10 @@ class TopNGating(nn.Module):
         """Slots an expert has for a group of ``tokens``, in the module's present mode; None when dropless."""
         if self.dropless:
             return None
+        if self.max_tokens is not None:
+            if tokens > self.max_tokens:
+                raise ValueError(f"x must have at most max_tokens={self.max_tokens} tokens in a group, got {tokens}")
+            tokens = self.max_tokens
         factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
         return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
