@@ -1,7 +1,8 @@
 """A Mixture-of-Experts layer on the compact form, with the names of ``st_moe_pytorch.MoE``."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from .checks import check_count, check_instance
 from .experts import Experts, FeedForwards
 from .gating import TopNGating
+from .routing import Routing
 from .statistics import RoutingStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .distributed.exchange import Exchange, ExpertGroup
 
 
 class MixtureOfExpertsReturn(NamedTuple):
@@ -49,6 +57,16 @@ class MoE(nn.Module):
         dropless: no capacity, and no pair is dropped.
         shared_experts: a module from ``(…, n, dim)`` to the same, whose output is added: experts of every token (DeepSeekMoE,
             arXiv 2401.06066).
+        expert_group: the ranks that share the experts (:mod:`topn_gating.distributed`): a ProcessGroup, a DeviceMesh of one
+            dimension or a group's name. Rank r of W holds the experts ``r · num_experts / W …``, and ``experts`` is a module of
+            these alone. All ranks make and call their layers in the same order; with a capacity, on the same number of groups
+            and slots (see ``max_tokens`` of :class:`TopNGating`), and dropless, on as many tokens as they like.
+        exchange: a function in place of torch's ``all_to_all_single`` that sends rows along the first dimension, and their
+            gradient: ``exchange(rows, output_splits, input_splits)``, splits as :func:`torch.distributed.all_to_all_single` has
+            them.
+        chunks: parts of the buffers that are sent one after the other: one travels while the experts compute another.
+        check: ``"first"``: the ranks compare their shapes at the first call in each mode, and raise on all ranks where they
+            differ; after that each holds itself to what was agreed. ``"always"``: they compare at every call.
         device: of the parameters.
         dtype: of the parameters.
         gate_options: any other keyword of :class:`TopNGating`, for example ``score``.
@@ -81,6 +99,10 @@ class MoE(nn.Module):
         *,
         dropless: bool = False,
         shared_experts: nn.Module | None = None,
+        expert_group: "ProcessGroup | DeviceMesh | str | None" = None,
+        exchange: "Exchange | None" = None,
+        chunks: int = 1,
+        check: Literal["first", "always"] = "first",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **gate_options: Any,
@@ -91,9 +113,12 @@ class MoE(nn.Module):
         for name, module in (("experts", experts), ("shared_experts", shared_experts)):
             if module is not None:
                 check_instance(name, module, nn.Module, "torch.nn.Module or None")
-        if isinstance(experts, FeedForwards) and (experts.dim, experts.num_experts) != (self.dim, self.num_experts):
+        self.expert_group = _expert_group(expert_group, self.num_experts, exchange, chunks, check)
+        here = self.num_experts if self.expert_group is None else self.expert_group.num_local
+        if isinstance(experts, FeedForwards) and (experts.dim, experts.num_experts) != (self.dim, here):
+            whose = "the layer" if self.expert_group is None else "this rank of expert_group"
             got = f"dim={experts.dim}, num_experts={experts.num_experts}"
-            raise ValueError(f"experts must have dim={self.dim}, num_experts={self.num_experts} as the layer, got {got}")
+            raise ValueError(f"experts must have dim={self.dim}, num_experts={here} as {whose}, got {got}")
         self.balance_loss_coef = balance_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
         self.gate = TopNGating(
@@ -113,8 +138,14 @@ class MoE(nn.Module):
             **gate_options,
         )
         self.stats: RoutingStats | None = None
+        if self.expert_group is not None:
+            if self.gate.align != 1:
+                raise ValueError(f"align must be 1 with expert_group, got {self.gate.align}")
+            if dropless and chunks != 1:
+                raise ValueError(f"chunks must be 1 when dropless, got {chunks}")
         if experts is None:
-            experts = Experts(dim, num_experts, expert_hidden_mult, device=device, dtype=dtype)
+            with _own_random_numbers(self.expert_group, device):
+                experts = Experts(dim, here, expert_hidden_mult, device=device, dtype=dtype)
         self.experts = experts
         self.shared_experts = shared_experts
 
@@ -146,13 +177,44 @@ class MoE(nn.Module):
             priority=priority,
         )
         self.stats = None if routing.statistics is None else routing.stats()
-        if routing.offsets is None and x.is_cpu and isinstance(self.experts, FeedForwards):
-            routing = routing.as_dropless()  # so that no empty slot is multiplied
-        rows = routing.dispatch(x)
-        rows = self.experts(rows) if routing.offsets is None else self.experts(rows, routing.offsets)
-        outputs = routing.combine(rows)
-        if self.shared_experts is not None:
-            outputs = outputs + self.shared_experts(x)
+        outputs = self.run_experts(x, routing)
         balance_loss = routing.balance_loss * self.balance_loss_coef
         total_aux_loss = torch.add(balance_loss, routing.router_z_loss, alpha=self.router_z_loss_coef)
         return MixtureOfExpertsReturn(outputs, total_aux_loss, routing.balance_loss, routing.router_z_loss)
+
+    def run_experts(self, x: Tensor, routing: Routing) -> Tensor:
+        """The outputs ``(…, n, dim)`` of tokens ``x`` ``(…, n, dim)`` under a routing of them, as :meth:`forward` has them."""
+        group = self.expert_group
+        if group is not None and group.size > 1:
+            rows = group.compute(self.experts, routing.dispatch(x), routing, self.training)
+        else:
+            if routing.offsets is None and x.is_cpu and isinstance(self.experts, FeedForwards):
+                routing = routing.as_dropless()  # so that no empty slot is multiplied
+            rows = routing.dispatch(x)
+            rows = self.experts(rows) if routing.offsets is None else self.experts(rows, routing.offsets)
+        outputs = routing.combine(rows)
+        return outputs if self.shared_experts is None else outputs + self.shared_experts(x)
+
+
+def _expert_group(group: Any, num_experts: int, exchange: Any, chunks: int, check: Any) -> "ExpertGroup | None":
+    if group is not None:
+        from .distributed.exchange import ExpertGroup  # loads torch.distributed
+
+        return ExpertGroup(group, num_experts, exchange, chunks, check)
+    for name, value, default in (("exchange", exchange, None), ("chunks", chunks, 1), ("check", check, "first")):
+        if value != default:
+            raise ValueError(f"{name} must be left out without expert_group, got {value!r}")
+    return None
+
+
+@contextlib.contextmanager
+def _own_random_numbers(group: "ExpertGroup | None", device: torch.device | str | None) -> Iterator[None]:
+    """Draws other numbers on each rank of the group, from a seed that ranks with the same state draw alike."""
+    if group is None or group.size == 1:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()))
+    device = torch.get_default_device() if device is None else torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + group.rank)
+        yield
