@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from topn_gating import Routing, RoutingStats, stack_stats
+from topn_gating import Routing, RoutingStats
+
+from .ranks import OneProcess
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -14,11 +16,15 @@ if TYPE_CHECKING:
 BLOCK_FIGURES = ("balance_loss", "router_z_loss", *RoutingStats._fields[2:])
 
 
-def step_figures(loss: Tensor, routings: list[Routing]) -> Tensor:
-    """Returns the loss, then for each block :data:`BLOCK_FIGURES` and each expert's demand: ``(1 + layers * (7 + e),)``."""
-    losses = torch.stack([torch.stack([r.balance_loss, r.router_z_loss]) for r in routings])
-    blocks = torch.cat([losses, stack_stats([r.stats() for r in routings])], 1)
-    return torch.cat([loss.view(1), blocks.flatten()]).detach()
+def step_figures(loss: Tensor, routings: list[Routing], ranks: OneProcess) -> Tensor:
+    """Returns the loss, then for each block :data:`BLOCK_FIGURES` and each expert's demand: ``(1 + layers * (7 + e),)``.
+
+    They are those of all ranks' tokens.
+    """
+    losses = torch.stack([loss, *(value for r in routings for value in (r.balance_loss, r.router_z_loss))]).detach()
+    loss, *losses = (ranks.total(losses) / ranks.size).split([1, *[2] * len(routings)])
+    blocks = torch.cat([torch.stack(losses), ranks.statistics([r.stats() for r in routings])], 1)
+    return torch.cat([loss, blocks.flatten()])
 
 
 @dataclass
@@ -31,10 +37,11 @@ class History:
     loss: list[float] = field(default_factory=list)
     blocks: list[list[list[float]]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)  # step, loss
+    ranks: OneProcess = field(default_factory=OneProcess)
 
     def add(self, loss: Tensor, routings: list[Routing]) -> None:
         """Appends the figures of a step, which waits for the device once."""
-        first, *rest = step_figures(loss, routings).tolist()
+        first, *rest = step_figures(loss, routings, self.ranks).tolist()
         width = len(rest) // len(routings)
         self.loss.append(first)
         self.blocks.append([rest[i : i + width] for i in range(0, len(rest), width)])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .data import even_windows, load_corpus, unigram_entropy
+from .ranks import started_by_torchrun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,11 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console()
+    if started_by_torchrun():
+        return _compare(settings, console, options.out)
     results = measure(settings, console, options.tensorboard)
     show(results, console)
     draw(results, options.out)
     console.print(f"Picture: {options.out}", highlight=False, soft_wrap=True)
     return 0 if results.passed else 1
+
+
+def _compare(settings: "Settings", console: "Console", out: Path) -> int:
+    """Trains on the ranks of torchrun, and in one process; shows and draws both. Returns the exit code."""
+    from .distributed import compare
+    from .distributed_report import draw, same_losses, show
+
+    runs = compare(settings)
+    if runs is None:
+        return 0
+    show(*runs, settings, console)
+    draw(*runs, settings, out)
+    console.print(f"Picture: {out}", highlight=False, soft_wrap=True)
+    return 0 if same_losses(*runs) else 1
 
 
 def measure(settings: "Settings", console: "Console", log: Path | None = None) -> "Results":

@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from topn_gating import MoE, Routing, combine, dispatch
+from topn_gating import MoE, Routing
 
 from .data import BYTE_KINDS, byte_kinds, random_windows
 from .history import History, write_step
+from .ranks import OneProcess
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.utils.tensorboard import SummaryWriter
 
+ONE_PROCESS = OneProcess()
 BYTES = 256
 RECENT = 4
 HEAD_DIM = 32
@@ -80,7 +83,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then a Mixture of Experts, each applied to its normalised input and added to the input."""
 
-    def __init__(self, dim: int, experts: int) -> None:
+    def __init__(self, dim: int, experts: int, expert_group: "ProcessGroup | None" = None) -> None:
         super().__init__()
         top_n = min(TOP_N, experts)
         self.attention = nn.Sequential(nn.RMSNorm(dim), Attention(dim))
@@ -92,8 +95,10 @@ class Block(nn.Module):
             gating_top_n=top_n,
             capacity_factor_train=1.25 * top_n,
             capacity_factor_eval=experts,  # room for the whole sequence: no drops, so no token depends on a later one
+            policy_train="all",
             policy_eval="all",
             stats=True,
+            expert_group=expert_group,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -104,18 +109,17 @@ class Block(nn.Module):
         x = x + self.attention(x)
         tokens = self.norm(x)
         routing = self.moe.gate.route(tokens)
-        outputs = self.moe.experts(dispatch(tokens, routing))
-        return x + combine(outputs, routing), routing
+        return x + self.moe.run_experts(tokens, routing), routing
 
 
 class LanguageModel(nn.Module):
     """Predicts the next byte."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, expert_group: "ProcessGroup | None" = None) -> None:
         super().__init__()
         dim = settings.dim
         self.embedding = Embedding(dim)
-        self.blocks = nn.ModuleList(Block(dim, settings.experts) for _ in range(settings.layers))
+        self.blocks = nn.ModuleList(Block(dim, settings.experts, expert_group) for _ in range(settings.layers))
         self.to_logits = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, BYTES, bias=False))
 
     def forward(self, data: Tensor) -> tuple[Tensor, list[Routing]]:
@@ -155,17 +159,21 @@ def next_byte_loss(model: LanguageModel, windows: Tensor) -> tuple[Tensor, list[
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, windows: Tensor) -> Evaluation:
-    """Evaluates the model, in eval mode, on windows ``(batch, n + 1)``."""
+def evaluate(model: LanguageModel, windows: Tensor, ranks: OneProcess = ONE_PROCESS) -> Evaluation:
+    """Evaluates the model, in eval mode, on windows ``(batch, n + 1)``, of which each rank has its share."""
     model.eval()
-    total, received = 0.0, 0
-    for part in windows.split(EVAL_BATCH):
+    windows = ranks.share(windows)
+    # Equal batches, as ranks that share experts agree on one size.
+    batch = next(size for size in range(EVAL_BATCH, 0, -1) if len(windows) % size == 0)
+    total, received = torch.zeros(()), 0
+    for part in windows.split(batch):
         loss, routings = next_byte_loss(model, part)
-        total += loss.item() * len(part)
+        total += loss * len(part)
         kinds = byte_kinds(part[:, :-1])
         received = received + torch.stack([received_by_kind(routing, kinds) for routing in routings])
     model.train()
-    return Evaluation(total / len(windows), received)
+    total = ranks.total(total) / (ranks.size * len(windows))
+    return Evaluation(total.item(), ranks.total(received))
 
 
 def received_by_kind(routing: Routing, kinds: Tensor) -> Tensor:
@@ -176,34 +184,56 @@ def received_by_kind(routing: Routing, kinds: Tensor) -> Tensor:
 
 
 def train(
-    model: LanguageModel, text: Tensor, held_out: Tensor, settings: Settings, writer: "SummaryWriter | None" = None
+    model: LanguageModel,
+    text: Tensor,
+    held_out: Tensor,
+    settings: Settings,
+    writer: "SummaryWriter | None" = None,
+    ranks: OneProcess = ONE_PROCESS,
 ) -> History:
     """Trains on random windows of ``text`` with AdamW, and evaluates at regular steps on ``held_out``.
 
     The figures of each step go to a TensorBoard log, if there is one.
     """
-    history = History()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_cosine(step / settings.steps))
+    history = History(ranks=ranks)
+    training = Training(model, settings, ranks)
     evaluate_every = max(1, settings.steps // HELD_OUT_POINTS)
     tokens = settings.batch * settings.context
-    with tqdm(total=settings.steps * tokens, unit=" tokens", unit_scale=True, desc="training") as bar:
+    with tqdm(total=settings.steps * tokens, unit=" tokens", unit_scale=True, desc="training", disable=ranks.rank > 0) as bar:
         for step in range(1, settings.steps + 1):
-            windows = random_windows(text, settings.batch, settings.context + 1)
-            loss, routings = next_byte_loss(model, windows)
-            optimizer.zero_grad()
-            (loss + model.aux_loss(routings)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            loss, routings = training.step(random_windows(text, settings.batch, settings.context + 1))
             history.add(loss, routings)
             if step % evaluate_every == 0 and step < settings.steps:
-                history.held_out.append((step, evaluate(model, held_out).loss))
+                history.held_out.append((step, evaluate(model, held_out, ranks).loss))
             if writer is not None:
                 write_step(writer, history)
             bar.set_postfix(loss=f"{history.loss[-1]:.2f}", dropped=f"{100 * history.dropped():.1f}%", refresh=False)
             bar.update(tokens)
     return history
+
+
+class Training:
+    """The optimizer of a model, and a step of it."""
+
+    def __init__(self, model: LanguageModel, settings: Settings, ranks: OneProcess) -> None:
+        self.model, self.ranks = model, ranks
+        self.averaging = ranks.averaging(model)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.99), fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: warm_up_and_cosine(step / settings.steps)
+        )
+
+    def step(self, windows: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Trains on this rank's share of windows ``(batch, n + 1)``; returns its loss and routings."""
+        loss, routings = next_byte_loss(self.averaging, self.ranks.share(windows))
+        self.optimizer.zero_grad()
+        (loss + self.model.aux_loss(routings)).backward()
+        self.ranks.clip(self.model)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss, routings
 
 
 def warm_up_and_cosine(progress: float) -> float:

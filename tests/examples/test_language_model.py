@@ -327,3 +327,42 @@ def test_demo_draws_its_picture_and_fails_where_nothing_was_learned(tmp_path, ca
     out = capsys.readouterr().out
     for text in ("unigram entropy", "loss after training", "Dead experts", "did not learn", "picture.png"):
         assert text in out.replace("\n", "")
+
+
+@needs_extra
+def test_two_ranks_train_as_one_process(tmp_path):
+    """`make demo-distributed`, which fails where the losses differ, with torchrun's own start of the processes."""
+    picture = tmp_path / "picture.png"
+    options = [f"--{name}={value}" for name, value in (TINY | {"windows": 4}).items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(ROOT / "examples" / "language_model"), *options, f"--out={picture}"]
+    environment = os.environ | {"PYTHONPATH": str(Path(topn_gating.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for text in ("experts' rows", "one process", "held-out text after training"):
+        assert text in done.stdout
+
+
+@needs_extra
+def test_runs_that_differ_are_told():
+    from language_model.distributed import Run
+    from language_model.distributed_report import same_losses
+    from language_model.train import Evaluation, History
+
+    def run(*loss, before=5.0):
+        return Run(History(loss=list(loss)), Evaluation(before, None), Evaluation(1.0, None), 0.0, {}, {})
+
+    assert same_losses(run(3.0, 2.0), run(3.0, 2.00001))
+    assert not same_losses(run(3.0, 2.0), run(3.0, 2.001))
+    assert not same_losses(run(3.0, before=5.001), run(3.0))
+
+
+def test_ranks_divide_every_batch(tiny):
+    from language_model.distributed import run as run_on
+    from language_model.ranks import OneProcess
+
+    ranks = OneProcess()
+    ranks.size = 2
+    with pytest.raises(ValueError, match=r"windows must be a multiple of the number of ranks \(2\), got 3"):
+        run_on(tiny, ranks)
