@@ -59,7 +59,7 @@ step_tests() {
     workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")  # each has its own CUDA context and memory
   fi
   # shellcheck disable=SC2086
-  "$PYTHON" -m pytest -q --durations=10 "${workers[@]}" ${TESTS:--k $DEVICE tests/kernels tests/ops}
+  "$PYTHON" -m pytest -q --durations=10 "${workers[@]}" ${TESTS:--k $DEVICE tests/kernels tests/ops tests/distributed/test_exchange.py}
 }
 
 # shellcheck disable=SC2086

@@ -1,4 +1,4 @@
-"""Runs a function in several processes, the ranks of a gloo group on this machine."""
+"""Runs a function in several processes, the ranks of a group on this machine."""
 
 import contextlib
 import io
@@ -20,17 +20,19 @@ class RankError(Exception):
     """What a rank raised: its type's name and message."""
 
 
-def run_ranks(world, function, *args, timeout=30, lost=()):
+def run_ranks(world, function, *args, timeout=30, lost=(), backend="gloo"):
     """Returns what ``function(rank, *args)`` returns on each rank, or the error that it raised there.
 
-    ``timeout`` is the group's, in seconds. The ranks ``lost`` are expected to end without an answer, which is None.
+    ``timeout`` and ``backend`` are the group's. The ranks ``lost`` are expected to end without an answer, which is None.
     """
     # The store is here, so that it outlives every rank.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(world):
         here, there = PROCESSES.Pipe(duplex=False)
-        process = PROCESSES.Process(target=_rank, args=(there, store.port, world, rank, timeout, function, args), daemon=True)
+        process = PROCESSES.Process(
+            target=_rank, args=(there, store.port, world, rank, timeout, backend, function, args), daemon=True
+        )
         process.start()
         there.close()
         pipes.append(here)
@@ -69,12 +71,12 @@ def _answer(pipe, may_be_lost):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
-def _rank(pipe, port, world, rank, timeout, function, args):
+def _rank(pipe, port, world, rank, timeout, backend, function, args):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
         torch.manual_seed(0)
         answer = function(rank, *args)
     except Exception as error:

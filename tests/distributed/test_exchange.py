@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from topn_gating import Experts, GLUExperts, MixtureOfExpertsReturn, MoE
+from topn_gating.distributed import ExpertGroup
 
 HALF = {"rtol": 3e-2, "atol": 3e-2}
 
@@ -346,3 +347,23 @@ def one_rank(rank, options):
 def test_one_rank_is_the_plain_layer():
     for options in ({}, {"dropless": True}):
         assert results(1, one_rank, options) == [(True, True, None)]
+
+
+def through_the_exchange(rank, device, options):
+    """A group of one rank sends all to itself here, which the layer would leave out."""
+    whole = whole_layer(**options).to(device)
+    group = ExpertGroup("0", EXPERTS, chunks=2)
+    x = tokens_of(0).to(device)
+    routing = whole.gate.route(x)
+    rows = routing.dispatch(x)
+    outputs = routing.combine(group.compute(whole.experts, rows, routing, True))
+    gradient = torch.autograd.grad(weighted(outputs.cpu()), rows)[0]
+    plain = routing.combine(whole.experts(rows) if routing.offsets is None else whole.experts(rows, routing.offsets))
+    return torch.equal(outputs, plain), torch.equal(gradient, torch.autograd.grad(weighted(plain.cpu()), rows)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"dropless": True}], ids=str)
+def test_each_backend_of_torch(device, options):
+    """Gloo, and NCCL where there is a GPU."""
+    backend = "gloo" if device == "cpu" else "nccl"
+    assert results(1, through_the_exchange, device, options, backend=backend) == [(True, True)]
