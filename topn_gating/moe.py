@@ -59,7 +59,7 @@ class MoE(nn.Module):
             arXiv 2401.06066).
         expert_group: the ranks that share the experts (:mod:`topn_gating.distributed`): a ProcessGroup, a DeviceMesh of one
             dimension or a group's name. Rank r of W holds the experts ``r · num_experts / W …``, and ``experts`` is a module of
-            these alone. All ranks make and call their layers in the same order; with a capacity, on the same number of groups
+            these alone. All ranks call their layers in the same order; with a capacity, on the same number of groups
             and slots (see ``max_tokens`` of :class:`TopNGating`), and dropless, on as many tokens as they like.
         exchange: a function in place of torch's ``all_to_all_single`` that sends rows along the first dimension, and their
             gradient: ``exchange(rows, output_splits, input_splits)``, splits as :func:`torch.distributed.all_to_all_single` has
@@ -213,7 +213,7 @@ def _own_random_numbers(group: "ExpertGroup | None", device: torch.device | str 
     if group is None or group.size == 1:
         yield
         return
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu"))
     device = torch.get_default_device() if device is None else torch.device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed + group.rank)

@@ -115,6 +115,19 @@ def test_check_always_raises_on_every_rank():
     assert errors(2, lengths_of, [(64, 48), (64, 64)]) == [message] * 2
 
 
+def with_one_layer_more(rank):
+    if rank == 1:
+        MoE(DIM, EXPERTS, expert_group="0")
+    first, second = (part_of(whole_layer(**options), rank, 2, **options) for options in ({}, {"max_tokens": 40}))
+    first(tokens_of(rank))
+    return backward(second, tokens_of(rank))
+
+
+def test_a_rank_may_make_a_layer_that_it_does_not_call():
+    options = {"max_tokens": 40}
+    compare(results(2, with_one_layer_more, timeout=5), whole_layer(**options), [tokens_of(rank) for rank in range(2)])
+
+
 def again(rank):
     """After a difference, the ranks may try again."""
     moe = MoE(DIM, EXPERTS, expert_group="0")

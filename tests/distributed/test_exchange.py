@@ -213,6 +213,45 @@ def test_compile_makes_one_graph(backend, options):
     compare(results(2, compiled, backend, options, timeout=100), whole_layer(), [tokens_of(rank) for rank in range(2)])
 
 
+def compiled_in_parts(rank, dropless, options):
+    part = part_of(whole_layer(dropless=dropless), rank, 2, dropless=dropless, **options)
+    return backward(part, tokens_of(rank), call=torch.compile(part, backend="aot_eager"))
+
+
+@pytest.mark.parametrize(("dropless", "options"), [(True, {}), (False, {"check": "always"})])
+def test_compile_with_a_break_where_the_host_waits(dropless, options):
+    ranks = results(2, compiled_in_parts, dropless, options, timeout=100)
+    compare(ranks, whole_layer(dropless=dropless), [tokens_of(rank) for rank in range(2)])
+
+
+def by_functional_grad(rank):
+    part = part_of(whole_layer(), rank, 2)
+    names, x = [name for name, _ in part.named_parameters()], tokens_of(rank)
+
+    def loss(parameters, x):
+        out = torch.func.functional_call(part, parameters, (x,))
+        return weighted(out.outputs) + out.total_aux_loss, out
+
+    (grads, x_grad), out = torch.func.grad(loss, (0, 1), has_aux=True)(dict(part.named_parameters()), x)
+    return out.outputs.detach(), x_grad.detach(), {name: grads[name].detach() for name in names}, out.total_aux_loss.detach()
+
+
+def test_functional_gradients():
+    compare(results(2, by_functional_grad), whole_layer(), [tokens_of(rank) for rank in range(2)])
+
+
+def in_inference_mode(rank, options):
+    part = part_of(whole_layer(**options), rank, 2, **options)
+    with torch.inference_mode():
+        return part(tokens_of(rank)).outputs.clone()
+
+
+@pytest.mark.parametrize("options", [{}, {"dropless": True}], ids=str)
+def test_inference_mode(options):
+    for rank, outputs in enumerate(results(2, in_inference_mode, options)):
+        torch.testing.assert_close(outputs, whole_layer(**options)(tokens_of(rank)).outputs.detach(), rtol=1e-6, atol=1e-6)
+
+
 def copied(rank, way):
     part = part_of(whole_layer(), rank, 2)
     if way == "deepcopy":

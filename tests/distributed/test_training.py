@@ -204,16 +204,18 @@ def test_a_norm_that_is_not_finite_raises_on_every_rank():
 # Losses and statistics
 
 
-def with_counts(rank, world, balance_over):
+def with_counts(rank, compiled):
     torch.manual_seed(2)
-    moe = MoE(DIM, EXPERTS, balance_over=balance_over, **OPTIONS)
-    loss = moe(tokens_of(rank), counts=sum_counts("0")).balance_loss
+    moe = MoE(DIM, EXPERTS, balance_over="batch", **OPTIONS)
+    call = torch.compile(moe, backend="aot_eager", fullgraph=True) if compiled else moe
+    loss = call(tokens_of(rank), counts=sum_counts("0")).balance_loss
     loss.backward()
     return loss.detach(), moe.gate.to_gates.weight.grad
 
 
-def test_balance_loss_of_the_global_batch():
-    ranks = results(2, with_counts, 2, "batch")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_balance_loss_of_the_global_batch(compiled):
+    ranks = results(2, with_counts, compiled)
     torch.manual_seed(2)
     moe = MoE(DIM, EXPERTS, balance_over="batch", **OPTIONS)
     loss = moe(torch.cat([tokens_of(rank) for rank in range(2)])).balance_loss

@@ -18,10 +18,10 @@ from .groups import group_of
 FIELDS = ("version", "num_experts", "dim", "dtype", "groups", "capacity")
 Agreement = tuple[str, int, int, str, int | None, int | None]  # plain, so that torch.compile takes it for a constant
 
-Key = tuple[str, int, bool]  # a group's name, the number of its layer, and whether that is in train mode
+Key = tuple[str, int, bool]  # a group's name, the layer's number in this process, and whether it is in train mode
 
 _agreed: dict[Key, Agreement] = {}
-_calls: dict[Key, int] = {}
+_calls: dict[Key, tuple[int, int]] = {}  # the key's number in its group, in the order of first calls, and its calls so far
 
 
 def described(rows: Tensor, num_experts: int, dropless: bool) -> Agreement:
@@ -62,14 +62,15 @@ def _agreement(key: Key, mine: Agreement, device_type: str) -> Agreement:
 
 
 def _compare(key: Key, mine: Agreement, device_type: str) -> None:
-    name, layer, training = key
-    group = group_of(name)
+    group = group_of(key[0])
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
     store = distributed_c10d._get_process_group_store(group)
-    call = _calls[key] = _calls.get(key, -1) + 1
+    # All ranks call their layers in one order, though one may have made more of them.
+    number, call = _calls.get(key, (sum(other[0] == key[0] for other in _calls), 0))
+    _calls[key] = number, call + 1
 
     def entry(call: int, rank: int) -> str:
-        return f"topn_gating/layer {layer}/{'train' if training else 'eval'}/call {call}/rank {rank}"
+        return f"topn_gating/{number}/call {call}/rank {rank}"
 
     try:
         entries = [entry(call, rank) for rank in ranks]

@@ -4,6 +4,7 @@ Symbols in shapes: ``W`` ranks of the group, ``e`` experts, ``C`` slots (capacit
 features; ``…`` are the groups of tokens.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,10 +27,10 @@ CHECKS = ("first", "always")
 class ExpertGroup:
     """The ranks that share a layer's experts: rank ``r`` holds the experts ``r · e / W`` to ``(r + 1) · e / W - 1``.
 
-    :class:`topn_gating.MoE` makes one; its arguments are described there. All ranks make their layers in the same order.
+    :class:`topn_gating.MoE` makes one; its arguments are described there.
     """
 
-    _layers: dict[str, int] = {}  # noqa: RUF012  of each group, made so far
+    _made = itertools.count()
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class ExpertGroup:
         self.chunks = check_count("chunks", chunks)
         check_choice("check", check, CHECKS)
         self.check = check
-        self.layer = self._layers[self.name] = self._layers.get(self.name, -1) + 1
+        self.layer = next(self._made)
 
     @property
     def num_local(self) -> int:
