@@ -20,10 +20,16 @@ def autocast(t: Tensor) -> Tensor:
     return t if dtype is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _has_autocast(kind: str) -> bool:
+    """Whether a kind of device has autocast, in a form that torch 2.10 compiles."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type that products are computed in on ``device``, None where autocast is off."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

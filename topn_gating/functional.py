@@ -41,7 +41,9 @@ BALANCE_RANKS: tuple[reference.BalanceRanks, ...] = get_args(reference.BalanceRa
 
 def expert_capacity(tokens: int, num_gates: int, capacity_factor: float, min_expert_capacity: int = 4) -> int:
     """Computes the slots of an expert for a group of ``tokens`` (GShard, arXiv 2006.16668), symbolic ones too."""
-    share = torch.sym_int((tokens * capacity_factor) / num_gates)
+    if isinstance(tokens, int):
+        return max(min(tokens, int((tokens * capacity_factor) / num_gates)), min_expert_capacity)
+    share = torch.sym_int((tokens * capacity_factor) / num_gates)  # a guard-free form for export
     capacity: int = torch.sym_max(torch.sym_min(tokens, share), min_expert_capacity)
     return capacity
 

@@ -63,13 +63,13 @@ class Routing(NamedTuple):
     @property
     def load(self) -> Tensor:
         """Slots held, ``(…, e)`` int32, or ``(e,)`` when dropless."""
-        return self.demand if self.capacity is None else self.demand.clamp(max=self.capacity)
+        return _load(self)
 
     @property
     def drop_fraction(self) -> Tensor:
         """Share of the routed pairs that found their expert full, a ``()`` float32 tensor; 0 where none was routed."""
         demand = self.demand.sum()
-        return (demand - self.load.sum()) / demand.clamp(min=1)
+        return (demand - _load(self).sum()) / demand.clamp(min=1)
 
     @property
     def chosen(self) -> Tensor:
@@ -176,6 +176,11 @@ class Routing(NamedTuple):
         if self.offsets is None and readable(self.demand):
             what += f", dropped={100 * self.drop_fraction.item():.1f}%"
         return f"Routing({what}, dtype={self.weight.dtype}, device='{self.weight.device}')"
+
+
+def _load(routing: Routing) -> Tensor:
+    """:attr:`Routing.load`, where torch 2.10 does not compile a property of a NamedTuple inside another."""
+    return routing.demand if routing.offsets is not None else routing.demand.clamp(max=routing.source.shape[-1])
 
 
 torch.serialization.add_safe_globals([Routing])
