@@ -15,6 +15,8 @@ from .dtypes import autocast
 from .gated import ACTIVATIONS, Clamp, gated_unit
 from .grouped import grouped_linear
 
+Layer = tuple[Tensor, Tensor | None]  # the experts' weights (e, out, in) and biases (e, out) of a linear layer
+
 
 class FeedForwards(nn.Module):
     """The base of the built-in experts: two linear layers an expert, and a gated unit between them."""
@@ -36,29 +38,9 @@ class FeedForwards(nn.Module):
             TypeError: ``x`` or ``offsets`` is of the wrong type.
             ValueError: ``x`` or ``offsets`` has the wrong shape or device.
         """
-        (weight_in, bias_in), (weight_out, bias_out) = self._layers()
-        check_floating("x", x)
-        if x.dtype != weight_in.dtype:
-            check_same_type(autocast(x), autocast(weight_in), "experts'")
-        if offsets is not None:
-            if x.dim() != 2 or x.shape[1] != self.dim:
-                raise ValueError(f"x must have shape (rows, {self.dim}) beside offsets, got {tuple(x.shape)}")
-            hidden = self._unit(grouped_linear(x, weight_in, offsets, bias_in), offsets)
-            rows: Tensor = grouped_linear(hidden, weight_out, offsets, bias_out)
-            return rows
-        if x.dim() < 3 or (x.shape[-3], x.shape[-1]) != (self.num_experts, self.dim):
-            shape = f"(..., {self.num_experts}, capacity, {self.dim})"
-            raise ValueError(f"x must have shape {shape}, or be rows beside offsets, got {tuple(x.shape)}")
-        x, weight_in, weight_out = autocast(x), autocast(weight_in), autocast(weight_out)
-        bias_in, bias_out = (None if bias is None else autocast(bias) for bias in (bias_in, bias_out))
-        by_slot = x.movedim((-3, -2), (0, 1))  # (e, C, …, dim): with the slots before the groups, export needs no guard
-        rows = by_slot.flatten(1, -2)  # one product an expert, whatever the number of groups
-        hidden = self._unit(_batched_linear(rows, weight_in, bias_in), None)
-        rows = _batched_linear(hidden, weight_out, bias_out)
-        outputs: Tensor = rows.unflatten(1, by_slot.shape[1:-1]).movedim((0, 1), (-3, -2))
-        return outputs
+        return feed_forwards(x, offsets, *self._layers(), self._unit)
 
-    def _layers(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    def _layers(self) -> tuple[Layer, Layer]:
         """Weight ``(e, out, in)`` and bias ``(e, out)`` of each linear layer."""
         raise NotImplementedError
 
@@ -126,17 +108,11 @@ class Experts(FeedForwards):
             _reset_linear(weight, bias, weight.shape[1])
         nn.init.ones_(self.mult_bias)
 
-    def _layers(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    def _layers(self) -> tuple[Layer, Layer]:
         return (self.weight_in.mT, self.bias_in.squeeze(1)), (self.weight_out.mT, self.bias_out.squeeze(1))
 
     def _unit(self, u: Tensor, offsets: Tensor | None) -> Tensor:
-        mult_bias: Tensor = self.mult_bias
-        if offsets is not None:
-            row = torch.arange(u.shape[0], dtype=torch.int32, device=u.device)
-            expert = torch.searchsorted(offsets, row, right=True).clamp(max=self.num_experts - 1)
-            # The gradient of an embedding adds in one order on every device; that of an index does not.
-            mult_bias = F.embedding(expert, mult_bias.squeeze(1))
-        return (gated_unit(u, "gelu", "gate last") * mult_bias).to(u.dtype)
+        return scaled_geglu(u, self.mult_bias.squeeze(1), offsets)
 
 
 class GLUExperts(FeedForwards):
@@ -226,13 +202,52 @@ class GLUExperts(FeedForwards):
         what += f", interleaved={self.interleaved}, transposed={self.transposed}"
         return what if self.limit is None else f"{what}, limit={self.limit}, alpha={self.alpha}"
 
-    def _layers(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    def _layers(self) -> tuple[Layer, Layer]:
         weights = (w.mT if self.transposed else w for w in (self.gate_up_proj, self.down_proj))
         return (next(weights), self.gate_up_proj_bias), (next(weights), self.down_proj_bias)
 
     def _unit(self, u: Tensor, offsets: Tensor | None) -> Tensor:
         clamp = None if self.limit is None else Clamp(self.limit, self.alpha)
         return gated_unit(u, self.activation, "in turn" if self.interleaved else "gate first", clamp)
+
+
+def feed_forwards(
+    x: Tensor, offsets: Tensor | None, first: Layer, last: Layer, unit: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """What :meth:`FeedForwards.forward` computes, of the layers before and after the ``unit``."""
+    (weight_in, bias_in), (weight_out, bias_out) = first, last
+    num_experts, _, dim = weight_in.shape
+    check_floating("x", x)
+    if x.dtype != weight_in.dtype:
+        check_same_type(autocast(x), autocast(weight_in), "experts'")
+    if offsets is not None:
+        if x.dim() != 2 or x.shape[1] != dim:
+            raise ValueError(f"x must have shape (rows, {dim}) beside offsets, got {tuple(x.shape)}")
+        hidden = unit(grouped_linear(x, weight_in, offsets, bias_in), offsets)
+        rows: Tensor = grouped_linear(hidden, weight_out, offsets, bias_out)
+        return rows
+    if x.dim() < 3 or (x.shape[-3], x.shape[-1]) != (num_experts, dim):
+        shape = f"(..., {num_experts}, capacity, {dim})"
+        raise ValueError(f"x must have shape {shape}, or be rows beside offsets, got {tuple(x.shape)}")
+    x, weight_in, weight_out = autocast(x), autocast(weight_in), autocast(weight_out)
+    bias_in, bias_out = (None if bias is None else autocast(bias) for bias in (bias_in, bias_out))
+    by_slot = x.movedim((-3, -2), (0, 1))  # (e, C, …, dim): with the slots before the groups, export needs no guard
+    rows = by_slot.flatten(1, -2)  # one product an expert, whatever the number of groups
+    rows = _batched_linear(unit(_batched_linear(rows, weight_in, bias_in), None), weight_out, bias_out)
+    outputs: Tensor = rows.unflatten(1, by_slot.shape[1:-1]).movedim((0, 1), (-3, -2))
+    return outputs
+
+
+def scaled_geglu(u: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
+    """The gated GELU of ``u``, ``(e, rows, 2f)`` or ``(R, 2f)`` beside ``offsets``, times each expert's ``scale (e, f)``."""
+    if offsets is None:
+        scale = scale.unsqueeze(1)
+    else:
+        row = torch.arange(u.shape[0], dtype=torch.int32, device=u.device)
+        expert = torch.searchsorted(offsets, row, right=True).clamp(max=scale.shape[0] - 1)
+        # The gradient of an embedding adds in one order on every device; that of an index does not.
+        scale = F.embedding(expert, scale)
+    return (gated_unit(u, "gelu", "gate last") * scale).to(u.dtype)
 
 
 def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

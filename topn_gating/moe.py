@@ -186,7 +186,8 @@ class MoE(nn.Module):
         """The outputs ``(…, n, dim)`` of tokens ``x`` ``(…, n, dim)`` under a routing of them, as :meth:`forward` has them."""
         group = self.expert_group
         if group is not None and group.size > 1:
-            rows = group.compute(self.experts, routing.dispatch(x), routing, self.training)
+            demand = None if routing.offsets is None else routing.demand
+            rows = group.compute(self.experts, routing.dispatch(x), demand, self.training)
         else:
             if routing.offsets is None and x.is_cpu and isinstance(self.experts, FeedForwards):
                 routing = routing.as_dropless()  # so that no empty slot is multiplied

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..checks import check_choice, check_count
-from ..routing import Routing
 from .agreement import agree, agree_always, described
 from .groups import Group, group_name, group_of
 
@@ -59,19 +58,18 @@ class ExpertGroup:
         """Experts of this rank."""
         return self.num_experts // self.size
 
-    def compute(self, experts: Callable[..., Tensor], rows: Tensor, routing: Routing, training: bool) -> Tensor:
+    def compute(self, experts: Callable[..., Tensor], rows: Tensor, demand: Tensor | None, training: bool) -> Tensor:
         """The experts' outputs of the rows of this rank's tokens, each computed by the rank that holds the expert.
 
         Args:
             experts: this rank's, from buffers ``(…, e / W, C, d)``, or from rows ``(R, d)`` and their offsets, to the same.
             rows: of all experts, ``(…, e, C, d)``, or ``(R, d)`` when dropless.
-            routing: that of the rows.
+            demand: how many of the rows each expert has, ``(e,)``, when dropless.
             training: whether the layer is in train mode. The ranks agree on each mode's shapes apart.
         """
-        dropless = routing.offsets is not None
-        agreement = described(rows, self.num_experts, dropless)
+        agreement = described(rows, self.num_experts, demand is not None)
         (agree_always if self.check == "always" else agree)((self.name, self.layer, training), agreement, rows.device)
-        return self._rows(experts, rows, routing) if dropless else self._buffers(experts, rows)
+        return self._buffers(experts, rows) if demand is None else self._rows(experts, rows, demand)
 
     def _buffers(self, experts: Callable[..., Tensor], buffers: Tensor) -> Tensor:
         """As :meth:`compute`, in the capacity layout: all parts are equal, so that no count is exchanged.
@@ -95,12 +93,12 @@ class ExpertGroup:
         groups, (capacity, dim) = buffers.shape[:-3].numel(), buffers.shape[-2:]
         return buffers.reshape(groups, self.size, self.num_local, capacity, dim).transpose(0, 1).flatten(0, 1)
 
-    def _rows(self, experts: Callable[..., Tensor], rows: Tensor, routing: Routing) -> Tensor:
+    def _rows(self, experts: Callable[..., Tensor], rows: Tensor, demand: Tensor) -> Tensor:
         """As :meth:`compute`, in the dropless layout: counts are exchanged first, and read on the host."""
         equal = [self.num_local] * self.size
-        counts = _wait(_send(routing.demand.long(), equal, equal, self.name))
+        counts = _wait(_send(demand.long(), equal, equal, self.name))
         counts = counts.view(self.size, self.num_local)  # rows that each rank sends to each expert here
-        sent, received = torch.stack([routing.demand.view(self.size, -1).sum(1), counts.sum(1)]).tolist()
+        sent, received = torch.stack([demand.view(self.size, -1).sum(1), counts.sum(1)]).tolist()
 
         by_rank = self._all_to_all(rows[: sum(sent)], received, sent)
         expert = torch.arange(self.num_local, device=rows.device).repeat(self.size)
