@@ -77,13 +77,14 @@ struct GroupedArguments {
 // each, side by side.
 constexpr int64_t kThreadedProduct = int64_t(1) << 27;
 
-// Runs f(expert) for each expert: one after the other on the caller's thread those whose groups are large, then the others in
-// parallel. If a call throws, rethrows one of the exceptions after all calls have ended.
+// Runs f(expert) for each expert with more than `above` rows: one after the other on the caller's thread those whose groups are
+// large, then the others in parallel. If a call throws, rethrows one of the exceptions after all calls have ended.
 template <class F>
-void for_experts(const GroupedArguments& a, const F& f) {
+void for_experts(const GroupedArguments& a, int64_t above, const F& f) {
   std::vector<int64_t> small;
   const int64_t threads = torch::stable::get_num_threads();
   for (int64_t e = 0; e < a.experts; ++e) {
+    if (a.count(e) <= above) continue;  // so that no thread is woken for groups that have a kernel of their own
     if (threads > 1 && a.count(e) * a.in < kThreadedProduct / a.out) {
       small.push_back(e);
     } else {
@@ -181,8 +182,7 @@ Tensor grouped_linear(const Tensor& rows_in, const Tensor& weight, const std::op
   const auto bias = checked("bias", bias_in, rows_in, {a.experts, a.out}, a.type);
   const Tensor out = empty_output(rows, {a.rows, a.out}, {a.out, 1}, a.type, a.element_bytes);
   multiply_thin(backend, a, rows, a.weight.stride(2), a.weight.stride(1), const_data(bias), out);
-  for_experts(a, [&](int64_t e) {
-    if (a.count(e) <= a.most_rows(rows)) return;
+  for_experts(a, a.most_rows(rows), [&](int64_t e) {
     Operands operands(a);
     const Matrix w = operands.operand(a.expert_weight(e)).transposed();
     operands.for_rows(a.start[e], a.start[e + 1], [&](int64_t begin, int64_t end) {
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in
   const Tensor ones = wants_bias ? Operands(a).ones() : grad_bias;
   if (wants_rows) multiply_thin(backend, a, grad, a.weight.stride(1), a.weight.stride(2), nullptr, grad_rows);
   const int64_t most_rows = a.most_rows(grad);
-  for_experts(a, [&](int64_t e) {
+  for_experts(a, -1, [&](int64_t e) {
     const int64_t weight_bytes = a.out * a.in * a.element_bytes;
     if (a.count(e) == 0) {
       if (wants_weight) clear_rows(grad_weight, e, e + 1, weight_bytes);
