@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense 
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo demo-distributed test bench bench-layer router-bench lint kernels sanitize barriers mutants install-check cuda-check clean
+.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants install-check cuda-check clean
 
 demo: $(VENV)/built
 	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
@@ -19,6 +19,9 @@ demo: $(VENV)/built
 demo-distributed: $(VENV)/built
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc-per-node=2 examples/language_model \
 		--steps=300 --out=demo-distributed.png $(ARGS)
+
+demo-transformers: $(VENV)/built
+	PYTHONPATH=. $(RUN) examples/transformers $(ARGS)
 
 test: $(VENV)/built $(VENV)/kernels lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
