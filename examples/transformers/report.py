@@ -75,4 +75,4 @@ def _draw_speeds(axes: Axes, measured: dict[str, Measured]) -> None:
     bars = axes.bar(list(speeds), list(speeds.values()), color=[ACCENT, ACCENT, FAINT])
     axes.bar_label(bars, [f"{value:.2f}×" for value in speeds.values()], padding=3)
     axes.axhline(1, color=INK, linewidth=1)
-    axes.set(title="Speed and memory over stock's")
+    axes.set(title="Speed and memory over stock's", ylim=(0, 1.15 * max(speeds.values())))
