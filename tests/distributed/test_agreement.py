@@ -1,5 +1,6 @@
 """Ranks that differ, die or come late: each other rank gets an error that says so, before it sends rows or in bounded time."""
 
+import copy
 import os
 import signal
 import time
@@ -113,6 +114,16 @@ def test_check_always_lets_all_ranks_change_together():
 def test_check_always_raises_on_every_rank():
     message = "ValueError: capacity must be the same on all ranks of expert_group: rank 1 has 10, rank 0 has 7"
     assert errors(2, lengths_of, [(64, 48), (64, 64)]) == [message] * 2
+
+
+def copied(rank):
+    moe = part_of(whole_layer(), rank, 2)
+    moe(tokens_of(rank, n=32))
+    return backward(copy.deepcopy(moe), tokens_of(rank, n=40))
+
+
+def test_a_copy_agrees_on_its_own_shapes():
+    compare(results(2, copied), whole_layer(), [tokens_of(rank, n=40) for rank in range(2)])
 
 
 def with_one_layer_more(rank):

@@ -93,4 +93,5 @@ def _who_is_late(store: Any, entries: dict[int, str]) -> str:
         late = ", ".join(str(rank) for rank, entry in entries.items() if not store.check([entry]))
     except dist.DistError:
         return "the ranks of expert_group could not compare their shapes: the process that holds torch's store is gone"
-    return f"rank {late} of expert_group did not come to a layer's exchange within the group's timeout: it has died or is late"
+    who = f"rank {late}" if late else "a rank"
+    return f"{who} of expert_group did not come to a layer's exchange within the group's timeout: it has died or is late"

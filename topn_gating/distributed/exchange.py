@@ -53,6 +53,10 @@ class ExpertGroup:
         self.check = check
         self.layer = next(self._made)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.layer = next(self._made)  # a copy agrees on its own shapes
+
     @property
     def num_local(self) -> int:
         """Experts of this rank."""
@@ -76,9 +80,8 @@ class ExpertGroup:
 
         The buffers are sent in chunks of their slots: while the experts compute one, the others travel.
         """
-        sent = [
-            self._start(self._by_rank(part)) for part in buffers.tensor_split(min(self.chunks, max(buffers.shape[-2], 1)), -2)
-        ]
+        chunks = min(self.chunks, max(buffers.shape[-2], 1))
+        sent = [self._start(self._by_rank(part)) for part in buffers.tensor_split(chunks, -2)]
         returned = [self._start(experts(self._finish(part))) for part in sent]
         lead = buffers.shape[:-3]
         parts = []

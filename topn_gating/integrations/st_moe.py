@@ -135,9 +135,7 @@ class Experts(nn.Module):
             return group.compute(lambda buffers: self._of_buffers(buffers, here), x, None, self.training)
         by_expert = x.movedim(-3, 0)
         demand = torch.full((self.num_experts,), by_expert[0, ..., 0].numel(), dtype=torch.int32, device=x.device)
-        outputs = group.compute(
-            lambda rows, offsets: self._of_rows(rows, offsets, here), by_expert.flatten(0, -2), demand, True
-        )
+        outputs = self._on_ranks(by_expert.flatten(0, -2), demand)
         return outputs.view(by_expert.shape).movedim(0, -3)
 
     def of_tokens(self, x: Tensor, routing: Routing) -> Tensor:
@@ -147,11 +145,14 @@ class Experts(nn.Module):
             return routing.combine(self(routing.dispatch(x)))
         routing = routing.as_dropless()  # without the empty slots
         rows, offsets = routing.dispatch(x), routing.offsets
-        if not self.is_distributed:
-            return routing.combine(self._of_rows(rows, offsets, slice(None)))
+        if self.is_distributed:
+            return routing.combine(self._on_ranks(rows, routing.demand))
+        return routing.combine(self._of_rows(rows, offsets, slice(None)))
+
+    def _on_ranks(self, rows: Tensor, demand: Tensor) -> Tensor:
+        """Outputs of rows ``(R, d)``, of which each expert has as many as ``demand`` says, by the ranks of the experts."""
         group, here = self._ranks()
-        outputs = group.compute(lambda rows, offsets: self._of_rows(rows, offsets, here), rows, routing.demand, self.training)
-        return routing.combine(outputs)
+        return group.compute(lambda rows, offsets: self._of_rows(rows, offsets, here), rows, demand, self.training)
 
     def _of_buffers(self, x: Tensor, here: slice) -> Tensor:
         if self._are_own():
@@ -203,16 +204,11 @@ class Experts(nn.Module):
 
     def _are_own(self) -> bool:
         """Whether the experts are those of this package, of one size, and nobody has changed or hooked them."""
-        if not self.experts or (len(self.experts) > 1 and self.experts[0] is self.experts[1]):
-            return False
         shapes = set()
         for expert in self.experts:
-            if (
-                not isinstance(expert, Expert)
-                or not _is_own(expert, Expert)
-                or not _is_own(expert.net, nn.Sequential)
-                or len(expert.net) != 3
-            ):
+            if not isinstance(expert, Expert) or not _is_own(expert, Expert):
+                return False
+            if not _is_own(expert.net, nn.Sequential) or len(expert.net) != 3:
                 return False
             first, unit, last = expert.net
             if not (_is_own(first, nn.Linear) and _is_own(unit, GEGLU) and _is_own(last, nn.Linear)):
