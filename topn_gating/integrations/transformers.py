@@ -5,6 +5,8 @@
     from topn_gating.integrations.transformers import register
 
     model = AutoModelForCausalLM.from_pretrained("mistralai/Mixtral-8x7B-v0.1", experts_implementation=register())
+
+:func:`patch_routers` also has its routers decide by this package.
 """
 
 from typing import Any, cast
@@ -14,6 +16,9 @@ from torch import Tensor
 from ..functional import route
 from ..gated import gated_unit
 from ..grouped import grouped_linear
+from .transformers_routers import PatchedRouters, patch_routers
+
+__all__ = ["NAME", "PatchedRouters", "experts_forward", "patch_routers", "register"]
 
 NAME = "topn_gating"
 
