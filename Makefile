@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense 
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants install-check cuda-check clean
+.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants wheel install-check wheel-check cuda-check clean
 
 demo: $(VENV)/built
 	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
@@ -73,10 +73,26 @@ barriers:
 mutants: $(VENV)/built $(VENV)/kernels
 	$(RUN) tests/mutants.py $(ARGS)
 
-# Installs the package as a user does and imports it from another folder.
-install-check: $(VENV)/built
-	$(PIP) install --no-build-isolation --no-deps --upgrade --target build/site .
-	cd build/site && ../../$(RUN) -m topn_gating info
+# The source distribution, and a wheel that is built from it alone.
+wheel: $(VENV)/installed
+	rm -rf dist
+	$(RUN) setup.py --quiet sdist
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+
+# Installs the wheel as a user does and runs it from another folder.
+install-check: wheel
+	$(PIP) install --no-deps --upgrade --target build/site dist/*.whl
+	cd build/site && PYTHONPATH=. ../../$(RUN) ../../tests/installed.py
+
+# Runs the wheel with other versions of torch, each in an environment of its own. The index may have old versions with CUDA alone,
+# which are several gigabytes.
+TORCHES := 2.10.0 2.13.0
+wheel-check: wheel
+	for torch in $(TORCHES); do \
+		rm -rf build/wheel && $(PYTHON) -m venv build/wheel && \
+		build/wheel/bin/python -m pip --disable-pip-version-check --quiet install torch==$$torch numpy dist/*.whl && \
+		(cd build/wheel && bin/python ../../tests/installed.py) || exit 1; \
+	done
 
 # Compiles, links and imports the CUDA build and checks ptxas' report for spilled registers. It needs nvcc, but neither a torch
 # with CUDA nor a GPU.
