@@ -1,6 +1,6 @@
 """Checks an installed package, from outside of the checkout: a training step, and the same in one compiled graph.
 
-    python tests/installed.py
+python tests/installed.py
 """
 
 import torch

@@ -5,6 +5,7 @@ Run as a program, it writes the tables of docs/routers.md::
     python tests/integrations/router_classes.py
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -319,6 +320,7 @@ def of_gemma(router: nn.Module, x: Tensor) -> Choice:
     return of_pairs(gates.log(), weight, expert)
 
 
+@functools.cache
 def found() -> dict[str, str]:
     """The classes of transformers that are named like a router, and the modules that define them."""
     import transformers

@@ -372,3 +372,14 @@ def test_meta(columns):
     out, *grads = gradients(lambda x, w, b: topn_gating.grouped_linear(x, w, offsets, b), (rows, weight, bias), grad)
     assert out.shape == grad.shape
     assert [(g.shape, g.stride()) for g in grads] == [(t.shape, t.stride()) for t in (rows, weight, bias)]
+
+
+def test_what_torchs_grouped_product_takes():
+    """On CUDA: bfloat16, whose rows or columns start at multiples of 16 bytes. All else is computed expert by expert."""
+    aligned = torch.zeros(4, 16, 24, dtype=torch.bfloat16)
+    for taken in (aligned, aligned.mT, aligned[..., :16], aligned[:, 8:], aligned[0]):
+        assert grouped._grouped_mm_takes(taken)
+    narrow = torch.zeros(4, 16, 20, dtype=torch.bfloat16)
+    for refused in (aligned.float(), aligned.half(), narrow, narrow.mT, aligned[..., 4:], aligned[..., ::2], aligned[:0]):
+        assert not grouped._grouped_mm_takes(refused)
+    assert not grouped._grouped_mm_takes(aligned, narrow)
