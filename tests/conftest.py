@@ -4,6 +4,9 @@ import ctypes
 import os
 from pathlib import Path
 
+# As make does: on a machine with few cores, threads that spin at a barrier slow the others down. torch reads it when imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from cases import Backend, SimtBackend

@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     from rich.console import Console
 
-    from .report import draw, show
     from .train import Settings
 
     sizes = {name: value for name, value in vars(options).items() if name not in ("out", "tensorboard")}
@@ -50,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if started_by_torchrun():
         return _compare(settings, console, options.out)
+    from .report import draw, show
+
     results = measure(settings, console, options.tensorboard)
     show(results, console)
     draw(results, options.out)
@@ -60,11 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(settings: "Settings", console: "Console", out: Path) -> int:
     """Trains on the ranks of torchrun, and in one process; shows and draws both. Returns the exit code."""
     from .distributed import compare
-    from .distributed_report import draw, same_losses, show
 
     runs = compare(settings)
     if runs is None:
         return 0
+    from .distributed_report import draw, same_losses, show
+
     show(*runs, settings, console)
     draw(*runs, settings, out)
     console.print(f"Picture: {out}", highlight=False, soft_wrap=True)
