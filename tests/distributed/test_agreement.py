@@ -4,9 +4,11 @@ import copy
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from layers import DIM, EXPERTS, TOKENS, Traffic, backward, compare, part_of, tokens_of, whole_layer
 from ranks import RankError, errors, results, run_ranks
 
@@ -136,7 +138,7 @@ def with_one_layer_more(rank):
 
 def test_a_rank_may_make_a_layer_that_it_does_not_call():
     options = {"max_tokens": 40}
-    compare(results(2, with_one_layer_more, timeout=5), whole_layer(**options), [tokens_of(rank) for rank in range(2)])
+    compare(results(2, with_one_layer_more), whole_layer(**options), [tokens_of(rank) for rank in range(2)])
 
 
 def again(rank):
@@ -155,10 +157,12 @@ def test_ranks_may_try_again():
     assert results(2, again) == [message] * 2
 
 
-# Ranks that die or are late. The group's timeout is a few seconds.
+# Ranks that die or are late. The group's timeout is two seconds.
 
 
 def fails(rank, how, when):
+    dist.barrier()  # all have started, however long that took
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
     torch.manual_seed(0)
     moe = MoE(DIM, EXPERTS, expert_group="0")
     if when != "before the first call":
@@ -184,7 +188,7 @@ EXCHANGE = "the exchange of experts' rows over expert_group failed: a rank has d
 @pytest.mark.parametrize("how", ["killed", "late"])
 @pytest.mark.parametrize("when", ["before the first call", "before a later call", "before the backward pass"])
 def test_a_lost_rank_ends_the_others(how, when):
-    answers = run_ranks(4, fails, how, when, timeout=2, lost=(1,))
+    answers = run_ranks(4, fails, how, when, lost=(1,))
     for rank, answer in enumerate(answers):
         if rank != 1:
             assert isinstance(answer, RankError)
