@@ -70,13 +70,14 @@ def test_on_each_rank(message):
 BAD_EXCHANGES = {
     "shape": lambda rows, output_splits, input_splits: rows[1:],
     "dtype": lambda rows, output_splits, input_splits: rows.double(),
+    "nothing": lambda rows, output_splits, input_splits: None,
 }
 
 
 def bad_exchange(rank, kind):
     try:
         MoE(DIM, EXPERTS, expert_group="0", exchange=BAD_EXCHANGES[kind])(tokens_of(rank))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
 
 
@@ -86,3 +87,7 @@ def bad_exchange(rank, kind):
 def test_exchange_that_returns_something_else(kind, got):
     message = f"exchange must return a tensor of shape (4, 4, 4, 12), torch.float32, got {got}"
     assert results(2, bad_exchange, kind) == [message] * 2
+
+
+def test_exchange_that_returns_no_tensor():
+    assert results(2, bad_exchange, "nothing") == ["exchange must return a tensor, got NoneType"] * 2

@@ -204,18 +204,19 @@ def test_a_norm_that_is_not_finite_raises_on_every_rank():
 # Losses and statistics
 
 
-def with_counts(rank, compiled):
+def with_counts(rank, compiled, over):
     torch.manual_seed(2)
-    moe = MoE(DIM, EXPERTS, balance_over="batch", **OPTIONS)
+    moe = MoE(DIM, EXPERTS, balance_over=over, **OPTIONS)
     call = torch.compile(moe, backend="aot_eager", fullgraph=True) if compiled else moe
     loss = call(tokens_of(rank), counts=sum_counts("0")).balance_loss
     loss.backward()
     return loss.detach(), moe.gate.to_gates.weight.grad
 
 
+@pytest.mark.parametrize("over", ["batch", "group"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_balance_loss_of_the_global_batch(compiled):
-    ranks = results(2, with_counts, compiled)
+def test_balance_loss_of_the_global_batch(compiled, over):
+    ranks = results(2, with_counts, compiled, over)
     torch.manual_seed(2)
     moe = MoE(DIM, EXPERTS, balance_over="batch", **OPTIONS)
     loss = moe(torch.cat([tokens_of(rank) for rank in range(2)])).balance_loss

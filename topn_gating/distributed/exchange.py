@@ -127,6 +127,8 @@ class ExpertGroup:
             received = _AllToAll.apply(rows, output_splits, input_splits, self.name)
             return received
         received = self.exchange(rows, output_splits, input_splits)
+        if not isinstance(received, Tensor):
+            raise TypeError(f"exchange must return a tensor, got {type(received).__name__}")
         expected = (sum(output_splits), *rows.shape[1:])
         if received.shape != expected or received.dtype != rows.dtype:
             got = f"{tuple(received.shape)}, {received.dtype}"

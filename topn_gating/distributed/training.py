@@ -65,8 +65,9 @@ def clip_grad_norm_(module: nn.Module, max_norm: float, norm_type: float = 2.0, 
     for parameter in module.parameters():
         if parameter.grad is not None:
             of_group[names.get(parameter)].append(parameter.grad)
-    norms = [_norm(grads, norm_type, name) for name, grads in of_group.items()]
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    norms = [_norm(grads, norm_type, name, device) for name, grads in of_group.items()]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the gradients cannot be clipped: their norm of order {norm_type} is {total.item()}")
     share = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -77,14 +78,14 @@ def clip_grad_norm_(module: nn.Module, max_norm: float, norm_type: float = 2.0, 
     return total
 
 
-def _norm(grads: list[Tensor], norm_type: float, name: str | None) -> Tensor:
-    """The norm of the gradients of all ranks of a group, or of this rank alone."""
+def _norm(grads: list[Tensor], norm_type: float, name: str | None, device: torch.device) -> Tensor:
+    """The norm of the gradients of all ranks of a group, or of this rank alone; on ``device`` where there are none."""
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # FSDP2's gradients are DTensors; torch does not mix their meshes
     for grad in grads:
         by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
     norms = [nn.utils.get_total_norm(same, norm_type) for same in by_mesh.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
     if name is None:
         return norm
     if norm_type == float("inf"):
@@ -93,12 +94,13 @@ def _norm(grads: list[Tensor], norm_type: float, name: str | None) -> Tensor:
 
 
 def sum_counts(group: Group) -> Callable[[Tensor], Tensor]:
-    """For ``counts=`` of :class:`topn_gating.MoE` and :func:`topn_gating.route`: adds counts up over the ranks of ``group``.
+    """For ``counts=`` of :class:`topn_gating.MoE` and :func:`topn_gating.route`: adds up those of all groups of all ranks.
 
-    The balance loss is then that of the batch of all ranks (arXiv 2501.11873), when its mean over the ranks is taken.
+    The mean over the ranks of the balance losses is then that of the global batch (arXiv 2501.11873), where the ranks have
+    equally many tokens.
     """
     name = group_name(group)
-    return lambda counts: _all_reduce(counts, "sum", name)
+    return lambda counts: _all_reduce(counts.reshape(-1, counts.shape[-1]).sum(0), "sum", name)
 
 
 @torch.no_grad()
