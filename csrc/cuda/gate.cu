@@ -1,466 +1,311 @@
-// docs/spec.md, steps 3 to 6, on a GPU: a warp, or a part of one, processes a token, whose row is in registers. The tokens'
-// sums for the losses are accumulated on the way, tile by tile.
-#include "cuda/gate_sums.cuh"
+// docs/spec.md, steps 3 to 6 and 10, on a GPU, for up to 512 experts and 16 ranks: the threads of a warp, or of a part of one, share a
+// token, whose row is in registers. gate_any.cu has the kernel for all other routers and sizes.
+#include "cuda/exponential.cuh"
+#include "cuda/gate.cuh"
 #include "cuda/kernels.h"
-#include "cuda/topn.cuh"
+#include "cuda/top8.cuh"
 
 namespace topn_gating::cuda {
 namespace {
 
-// docs/spec.md, step 6: returns w_k from v_k and the sum of all v.
-template <class Scalar>
-__device__ __forceinline__ Scalar normalised(Scalar v, double sum, const GateOptions& options) {
-  return v / Scalar(weight_divisor(sum, options));
-}
-
-// Where a token's results belong in the outputs.
-template <class T>
-struct Outputs {
-  int32_t* expert;
-  ComputeType<T>* weight;
-
-  __device__ Outputs(const Gate& a, int64_t token)
-      : expert(a.expert + token * a.top_n), weight(static_cast<ComputeType<T>*>(a.weight) + token * a.top_n) {}
-};
-
-// What a token contributes to the losses, apart from its gates.
-template <class Scalar>
-struct FirstChoice {
-  int expert;
-  LogSumExp<Scalar> lse;
-};
-
-// docs/spec.md, steps 4 to 6, for a row in registers: turns scores into gates, and writes the token's experts and weights where
-// in_tile. Thread k % width of the row has rank k.
-template <class KeyOf, class T, class RowLayout>
-__device__ __forceinline__ FirstChoice<float> choose_sorted(const Gate& a, const RowLayout& layout,
-                                                            typename RowLayout::template Row<float>& s, bool in_tile,
-                                                            int64_t token) {
-  using Key = typename KeyOf::Key;
-  constexpr int ranks = ceil_div(std::min(kRanks, RowLayout::width * RowLayout::count), RowLayout::width);  // of a thread
-  char* no_memory = nullptr;
-  typename RowLayout::template Row<Key> keys(no_memory, RowLayout::count);
-  TOPN_UNROLL
-  for (int i = 0; i < RowLayout::count; ++i) {
-    keys[i] = layout.valid(i) ? KeyOf::template pack<RowLayout>(s[i], layout.index(i)) : std::numeric_limits<Key>::min();
-  }
-  sort_descending<0, RowLayout::count>(keys);
-  const auto lse = softmax(layout, s);
-
-  Values<Key, ranks> chosen(no_memory, ranks);
-  int first = 0;
-  pop_sorted<KeyOf, RowLayout>(keys, int(a.top_n), [&](int k, Key key) {
-    if (k == 0) first = KeyOf::expert(key);
-    if (layout.thread == k % RowLayout::width) chosen.set(k / RowLayout::width, key);
-  });
-  const float max = lse.max, scale = 1.0f / lse.sum;
-  float v[ranks];
-  double sum = 0;
-  TOPN_UNROLL
-  for (int i = 0; i < ranks; ++i) {
-    const bool valid = i * RowLayout::width + layout.thread < a.top_n;
-    v[i] = valid ? exp_below<RowLayout>(KeyOf::score(chosen[i]), max) * scale : 0.0f;
-    sum += double(v[i]);
-  }
-  sum = RowLayout::reduce(sum, [](double x, double y) { return x + y; });
-  const Outputs<T> out(a, token);
-  TOPN_UNROLL
-  for (int i = 0; i < ranks; ++i) {
-    const int k = i * RowLayout::width + layout.thread;
-    if (in_tile && k < a.top_n) {
-      out.expert[k] = KeyOf::expert(chosen[i]);
-      out.weight[k] = normalised(v[i], sum, a);
-    }
-  }
-  return {first, lse};
-}
-
-// The same for any row that a whole warp shares, without step 6: writes v_k and returns their sum in `sum`. Thread k % 32
-// writes, and later reads, rank k.
-template <class T, class RowLayout, class Keys>
-__device__ __forceinline__ FirstChoice<typename RowLayout::Scalar> choose(
-    const Gate& a, const RowLayout& layout, typename RowLayout::template Row<typename RowLayout::Scalar>& s, Keys& keys,
-    int64_t token, double& sum) {
-  using Scalar = typename RowLayout::Scalar;
-  TOPN_UNROLL_BY(RowLayout::unroll)
-  for (int i = 0; i < layout.count; ++i) {
-    keys[i] = layout.valid(i) ? score_key<RowLayout>(s[i]) : std::numeric_limits<typename RowLayout::Key>::min();
-  }
-  const auto lse = softmax(layout, s);
-  const Outputs<T> out(a, token);
-  int first = 0;
-  stable_topn(layout, keys, int(a.top_n), [&](int k, int expert) {
-    const Scalar v = layout.at(s, expert);
-    sum += double(v);
-    if (k == 0) first = expert;
-    if (layout.thread == k % RowLayout::width) out.expert[k] = expert, out.weight[k] = ComputeType<T>(v);
-  });
-  return {first, lse};
-}
-
-// docs/spec.md, steps 4 to 6, 10 and 11, for any router, where a whole warp shares a row.
-template <class T, class RowLayout>
-class AnyRouter {
+// Logsumexps of a row's tokens on their way to the sums. Each thread in turn keeps that of a token, and all take their logarithms at
+// once.
+template <class RowLayout>
+class PendingLogs {
  public:
-  using Scalar = typename RowLayout::Scalar;
-  using Key = typename RowLayout::Key;
-  using Row = typename RowLayout::template Row<Scalar>;
-  using Keys = typename RowLayout::template Row<Key>;
-  static constexpr int64_t row_bytes_per_expert = 2 * sizeof(Scalar) + 3 * sizeof(Key);
+  __device__ explicit PendingLogs(int thread) : thread_(thread) {}
 
-  __device__ AnyRouter(const GateTask& task, const RowLayout& layout, char* memory)
-      : task_(task), a_(task.gate), layout_(layout), keys_(memory, layout.count), groups_(memory, layout.count),
-        open_(memory, layout.count) {}
-
-  // Turns scores s into gates. Writes the token's experts and their gates v_k, and returns the sum of these. Row z is scratch.
-  // Thread k % 32 writes, and later reads, rank k.
-  __device__ __forceinline__ double choose(Row& s, Row& z, int64_t token) {
-    const bool valid = is_valid(a_, token);
-    if (a_.statistics != nullptr && valid) add_logits(s, z, token);
-    if (a_.given == nullptr && !selects_by_gates(a_)) {
-      for_values([&](int i) { keys_[i] = score_key<RowLayout>(s[i]); });
-    }
-    gates(s);
-    if (a_.statistics != nullptr && valid) add_entropy(s);
-    if (a_.given == nullptr && selects_by_gates(a_)) {
-      const float* const bias = a_.select_bias;
-      for_values([&](int i) {
-        keys_[i] = score_key<RowLayout>(bias == nullptr ? s[i] : s[i] + Scalar(bias[layout_.index(i)]));
-      });
-      if (a_.expert_groups > 1) close_groups();
-    }
-    double sum = 0;
-    const auto write = [&](int k, int expert) {
-      const Scalar v = expert < 0 ? Scalar(0) : layout_.at(s, expert);
-      sum += double(v);
-      const Outputs<T> out(a_, token);
-      if (layout_.thread == k % RowLayout::width) out.expert[k] = expert, out.weight[k] = ComputeType<T>(v);
-    };
-    if (a_.given == nullptr) {
-      stable_topn(layout_, keys_, int(a_.top_n), write);
-    } else {
-      for (int k = 0; k < a_.top_n; ++k) {
-        const int32_t given = a_.given[token * a_.top_n + k];
-        write(k, given >= 0 && given < layout_.experts ? given : -1);
-      }
-    }
-    return sum;
-  }
-
-  // Adds a valid token with gates p to the sums of the losses. Row z is scratch.
+  // Adds the logsumexp of scores, where `counted`. All threads of the warp call it.
   template <class Sums>
-  __device__ __forceinline__ void add_to(Sums& sums, const Row& p, Row& z, int64_t token) {
-    LogSumExp<Scalar> lse = lse_;
-    if (a_.score != Score::Softmax || a_.noise != nullptr) {
-      layout_.load(logits_of<T>(a_, token), task_.plan.aligned16, z);
-      lse = softmax(layout_, z);
-    }
-    const Scalar share = a_.score == Score::Softmax ? Scalar(1) : Scalar(1) / gate_divisor<RowLayout>(sum_, a_.eps);
-    sums.add(p, share, value_of(lse));
-    const Outputs<T> out(a_, token);
-    for (int64_t k = layout_.thread; k < (a_.all_ranks ? a_.top_n : 1); k += RowLayout::width) {
-      if (out.expert[k] >= 0) sums.count(out.expert[k]);
-    }
+  __device__ __forceinline__ void add(Sums& sums, bool counted, const RowExponentials<RowLayout>& of) {
+    if (counted && turn_ == thread_) exponent_ = of.exponent, sum_ = of.sum;
+    if (++turn_ == RowLayout::width) finish(sums);
   }
-
-  // Writes what this warp has added up of a tile's tokens, and starts anew.
-  __device__ void finish_statistics(int64_t tile) {
-    if (lane_id() == 0) task_.space.statistics[tile * (blockDim.x / kWarp) + warp_id()] = statistics_;
-    statistics_ = TokenStatistics{};
+  template <class Sums>
+  __device__ __forceinline__ void finish(Sums& sums) {
+    constexpr double log_of_2 = 0.693147180559945309;
+    sums.add_logsumexp(double(exponent_) * log_of_2 + ::log(double(sum_)));
+    exponent_ = 0;
+    sum_ = 1;
+    turn_ = 0;
   }
 
  private:
-  // Calls write(i) for the values of experts. Gives the keys of the others, past the last one, the lowest value.
-  template <class Write>
-  __device__ __forceinline__ void for_values(const Write& write) {
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout_.count; ++i) {
-      keys_[i] = kLowest;
-      if (layout_.valid(i)) write(i);
-    }
+  const int thread_;
+  int turn_ = 0;
+  float exponent_ = 0, sum_ = 1;  // of a token whose logsumexp is not taken yet; none has 0
+};
+
+// Routes tokens. `Plain`: without noise or mask, and for at most eight ranks.
+template <class T, class RowLayout, bool Plain>
+class RowRouter {
+ public:
+  // Scores from 16-bit elements fit into keys.
+  static constexpr bool kExact = Plain && sizeof(T) == 2;
+  static constexpr int kRounds = Plain ? 1 : 2;  // of eight ranks
+  using Key = PackedKeys<RowLayout, kExact>;
+  using Top = Top8<RowLayout::width, RowLayout::count>;
+  using Row = typename RowLayout::template Row<float>;
+  using Exponentials = RowExponentials<RowLayout>;
+  static constexpr int kRanks = Top::ranks * kRounds;
+  static constexpr int kRowFloats = RowLayout::width * RowLayout::count;
+
+  static constexpr size_t shared_bytes(unsigned block) { return kExact ? 0 : block / RowLayout::width * kRowFloats * sizeof(float); }
+
+  __device__ RowRouter(const GateTask& task, const RowLayout& layout, float* shared)
+      : task_(task), a_(task.gate), layout_(layout), top_(layout.thread), keys_(layout),
+        row_(shared + int(threadIdx.x) / RowLayout::width * kRowFloats), top_n_(int(a_.top_n)) {
+    eps_ = float(a_.eps);
+    scale_ = float(a_.scale);
+    keep(eps_);
+    keep(scale_);
   }
 
-  // docs/spec.md, step 4.
-  __device__ __forceinline__ void gates(Row& s) {
-    if (a_.score == Score::Softmax) {
-      lse_ = a_.statistics != nullptr ? softmax<true>(layout_, s) : softmax(layout_, s);
-    } else {
-      sum_ = score_gates_of(a_.score, layout_, s, [](int, Scalar) {});
-    }
-  }
-
-  // Gives the keys of experts in closed groups the lowest value.
-  __device__ void close_groups() {
-    const int size = int(a_.experts / a_.expert_groups);
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout_.count; ++i) groups_[i] = open_[i] = kLowest;
-    for (int group = 0; group < a_.expert_groups; ++group) {
-      const Key key = group_key(group * size, size);
-      if (RowLayout::holder(group) == layout_.thread) groups_.set(RowLayout::place(group), key);
-    }
-    stable_topn(layout_, groups_, int(a_.top_groups), [&](int, int group) {
-      TOPN_UNROLL_BY(RowLayout::unroll)
-      for (int i = 0; i < layout_.count; ++i) {
-        if (in_group(i, group * size, size)) open_[i] = keys_[i];
+  __device__ __forceinline__ void run(TileSums<RowLayout>& sums, int64_t index) {
+    const Tile tile(task_.plan, index, a_.tokens);
+    int32_t* experts = a_.expert + tile.first * top_n_;
+    float* weights = static_cast<float*>(a_.weight) + tile.first * top_n_;
+    keep(experts);
+    keep(weights);
+    PendingLogs<RowLayout> logs(layout_.thread);
+    for (TokenRows<T, RowLayout> rows(layout_, a_, task_.plan, tile); rows.more();) {
+      Row s;
+      rows.next_logits(s);
+      bool counted = rows.in_tile;
+      if constexpr (!Plain) {
+        counted = counted && is_valid(a_, rows.token);
+        if (a_.losses && a_.noise != nullptr) add_logits(sums, logs, s, counted);
+        add_noise<T>(layout_, a_, rows.token, s);
       }
-    });
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout_.count; ++i) keys_[i] = open_[i];
-  }
-
-  __device__ __forceinline__ bool in_group(int i, int first, int size) const {
-    return layout_.index(i) >= first && layout_.index(i) < first + size;
-  }
-
-  // Returns the key of the score of the group whose experts are those from `first` on.
-  __device__ Key group_key(int first, int size) const {
-    Key best = kLowest, second = kLowest;
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout_.count; ++i) {
-      const Key key = in_group(i, first, size) ? keys_[i] : kLowest;
-      const Key lower = key < best ? key : best;
-      second = lower > second ? lower : second;
-      best = key > best ? key : best;
+      TOPN_UNROLL
+      for (int i = 0; i < RowLayout::count; ++i) s[i] = canonical(s[i]);
+      choose(s);
+      const Exponentials exponentials(s, RowLayout::from(0, score_[0]));
+      const float share = reciprocal(exponentials.sum);
+      weigh(exponentials, share);
+      if (rows.in_tile) write(experts, weights, rows.index);
+      if (a_.losses) {
+        if (counted) sums.add_gates(s, share), count(sums);
+        sums.next_token();
+        if (Plain || a_.noise == nullptr) logs.add(sums, counted, exponentials);
+      }
     }
-    const Key top = layout_.max(best);
-    if (a_.group_score == GroupScore::Max || size == 1) return top;
-    const Key owner = layout_.min(best == top ? Key(layout_.thread) : std::numeric_limits<Key>::max());
-    const Key next = layout_.max(owner == Key(layout_.thread) ? second : best);
-    return score_key<RowLayout>(score_of_key<RowLayout>(top) + score_of_key<RowLayout>(next));
+    if (a_.losses) logs.finish(sums);
   }
 
-  __device__ void add_logits(const Row& s, Row& z, int64_t token) {
-    if (a_.noise != nullptr) layout_.load(logits_of<T>(a_, token), task_.plan.aligned16, z);
-    Scalar squares = 0, largest = 0;
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout_.count; ++i) {
-      if (!layout_.valid(i)) continue;
-      const Scalar logit = a_.noise != nullptr ? z[i] : s[i], magnitude = logit < 0 ? -logit : logit;
-      squares += logit * logit;
-      largest = magnitude > largest ? magnitude : largest;
+ private:
+  __device__ __forceinline__ int rank(int j) const { return top_.first_rank + j % Top::ranks + j / Top::ranks * 8; }
+
+  // docs/spec.md, step 5.
+  __device__ __forceinline__ void choose(const Row& s) {
+    int32_t last = std::numeric_limits<int32_t>::max();
+    TOPN_UNROLL
+    for (int round = 0; round < kRounds; ++round) {
+      if (round > 0 && top_n_ <= 8) {
+        TOPN_UNROLL
+        for (int j = 0; j < Top::ranks; ++j) expert_[Top::ranks + j] = 0, score_[Top::ranks + j] = 0;
+        break;
+      }
+      int32_t keys[RowLayout::count], best[Top::ranks];
+      TOPN_UNROLL
+      for (int i = 0; i < RowLayout::count; ++i) {
+        keys[i] = keys_.pack(s[i], i);
+        if (round > 0 && keys[i] >= last) keys[i] = std::numeric_limits<int32_t>::min();
+      }
+      top_.find(keys, best);
+      if (kRounds > 1) last = RowLayout::from(Top::thread_of(7), best[Top::ranks - 1]);
+      TOPN_UNROLL
+      for (int j = 0; j < Top::ranks; ++j) {
+        expert_[round * Top::ranks + j] = Key::expert(best[j]);
+        score_[round * Top::ranks + j] = Key::score(best[j]);
+      }
     }
-    statistics_.valid_tokens += 1;
-    statistics_.squares += double(layout_.sum(squares));
-    largest = layout_.max(largest);
-    if (double(largest) > statistics_.largest) statistics_.largest = double(largest);
+    if constexpr (!kExact) {
+      look_up(s);
+      if (ballot(misplaced(s)) != 0) choose_exactly(s);
+    }
   }
 
-  __device__ void add_entropy(const Row& p) {
-    if (a_.score == Score::Softmax) {
-      statistics_.entropy += softmax_entropy(::log(double(lse_.sum)), double(lse_.sum), double(lse_.moment));
+  // Replaces the scores of the chosen experts, which come from keys, by exact ones.
+  __device__ __forceinline__ void look_up(const Row& s) {
+    TOPN_UNROLL
+    for (int i = 0; i < RowLayout::count; i += 4) {
+      *reinterpret_cast<float4*>(row_ + layout_.index(i)) = make_float4(s[i], s[i + 1], s[i + 2], s[i + 3]);
+    }
+    __syncwarp();
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) score_[j] = row_[expert_[j]];
+    __syncwarp();
+  }
+
+  // Returns whether an expert of this thread may have a wrong rank, because others have scores with the same upper bits.
+  __device__ __forceinline__ bool misplaced(const Row& s) const {
+    bool wrong = false;
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      float next = j + 1 < kRanks ? score_[j + 1] : 0.0f;
+      if (j % Top::ranks + 1 == Top::ranks && RowLayout::width > 1) {
+        const int round = j / Top::ranks;
+        next = RowLayout::from(Top::thread_of(rank(j) + 1), score_[round * Top::ranks]);
+        if (round + 1 < kRounds) {
+          const float first = RowLayout::from(0, score_[(round + 1) * Top::ranks]);
+          next = rank(j) == 7 ? first : next;
+        }
+      }
+      wrong |= rank(j) + 1 < top_n_ && score_[j] < next;
+    }
+    // The scores above that of the last rank that have the same key but for the index are an interval of integers.
+    float least = score_[0];
+    TOPN_UNROLL
+    for (int j = 1; j < kRanks; ++j) least = rank(j) == top_n_ - 1 ? score_[j] : least;
+    const int32_t bits = __float_as_int(RowLayout::from(Top::thread_of(top_n_ - 1), least));
+    const unsigned first = unsigned(bits >= 0 ? bits + 1 : bits & ~Key::kMask), count = (bits >= 0 ? ~bits : bits) & Key::kMask;
+    TOPN_UNROLL
+    for (int i = 0; i < RowLayout::count; ++i) wrong |= unsigned(__float_as_int(s[i])) - first < count;
+    return wrong;
+  }
+
+  // Chooses the experts by their scores and indices, rank by rank.
+  __device__ __forceinline__ void choose_exactly(const Row& s) {
+    using Scores = RowLayout;
+    int32_t last = std::numeric_limits<int32_t>::max();
+    int after = -1;  // candidates with the last key have a larger index
+    for (int k = 0; k < top_n_; ++k) {
+      int32_t best = std::numeric_limits<int32_t>::min();
+      int where = std::numeric_limits<int32_t>::max();
+      float score = 0;
+      TOPN_UNROLL
+      for (int i = 0; i < RowLayout::count; ++i) {
+        const int32_t key = score_key<Scores>(s[i]);
+        const int expert = layout_.index(i);
+        const bool left = key < last || (key == last && expert > after);
+        if (left && key > best) best = key, where = expert, score = s[i];
+      }
+      last = RowLayout::max(best);
+      after = RowLayout::min(best == last ? where : std::numeric_limits<int32_t>::max());
+      score = RowLayout::from(RowLayout::holder(after), score);
+      TOPN_UNROLL
+      for (int j = 0; j < kRanks; ++j) {
+        if (rank(j) == k) expert_[j] = after, score_[j] = score;
+      }
+    }
+  }
+
+  // docs/spec.md, step 6.
+  __device__ __forceinline__ void weigh(const Exponentials& exponentials, float share) {
+    float sum = 0;
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      value_[j] = rank(j) < top_n_ ? exponentials.of(score_[j]) * share : 0.0f;
+      sum += value_[j];
+    }
+    if (!a_.normalize) {
+      TOPN_UNROLL
+      for (int j = 0; j < kRanks; ++j) value_[j] *= scale_;
       return;
     }
-    Scalar terms = 0;
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout_.count; ++i) terms += entropy_term<RowLayout>(p[i]);
-    const double divisor = double(gate_divisor<RowLayout>(sum_, a_.eps));
-    statistics_.entropy += score_entropy(double(layout_.sum(terms)), double(sum_), divisor, ::log(divisor));
+    TOPN_UNROLL
+    for (int by = 1; by < std::min(RowLayout::width, 8); by *= 2) sum += shuffle_xor(sum, by);
+    const float factor = scale_ * reciprocal(sum < eps_ ? eps_ : sum);
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) value_[j] *= factor;
   }
 
-  static constexpr Key kLowest = std::numeric_limits<Key>::min();
+  __device__ __forceinline__ void write(int32_t* experts, float* weights, int index) const {
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      if (rank(j) >= top_n_) continue;
+      const int at = index * top_n_ + rank(j);
+      experts[at] = expert_[j];
+      weights[at] = value_[j];
+    }
+  }
+
+  __device__ __forceinline__ void count(TileSums<RowLayout>& sums) const {
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      if (rank(j) < (a_.all_ranks ? top_n_ : 1)) sums.count(expert_[j]);
+    }
+  }
+
+  // Adds the logsumexp of a token's logits, where its scores have noise.
+  __device__ __forceinline__ void add_logits(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, const Row& z,
+                                             bool counted) {
+    Row logits = z;
+    logs.add(sums, counted, Exponentials(logits, highest_of<RowLayout>(z)));
+  }
 
   const GateTask& task_;
   const Gate& a_;
   const RowLayout& layout_;
-  Keys keys_;    // of the selection scores
-  Keys groups_;  // of the scores of expert groups
-  Keys open_;    // of the selection scores in open groups
-  LogSumExp<Scalar> lse_{};  // of the scores, for a softmax
-  Scalar sum_{};             // of the gates, for other scores
-  TokenStatistics statistics_{};
+  Top top_;
+  const Key keys_;
+  float* const row_;  // in shared memory
+  const int top_n_;
+  float eps_, scale_;
+
+  // Of the current token.
+  int expert_[kRanks];
+  float score_[kRanks];
+  float value_[kRanks];  // gates, then weights, of the chosen experts
 };
 
-// Replaces the v_k that `choose` has written by scores of the soft top-n, and returns their sum. Overwrites the gates p.
-template <class T, class RowLayout>
-__device__ __forceinline__ double soften(const Gate& a, const RowLayout& layout,
-                                         typename RowLayout::template Row<double>& p, int64_t token) {
-  const SoftTopN<double> soft(layout, layout.experts, int(a.top_n), p);
-  const Outputs<T> out(a, token);
-  double sum = 0;
-  for (int k = 0; k < a.top_n; ++k) {
-    const bool mine = layout.thread == k % RowLayout::width;
-    const int expert = layout.from(k % RowLayout::width, mine ? int(out.expert[k]) : 0);
-    const double v = expert < 0 ? 0.0 : soft.score(layout.at(p, expert));
-    sum += v;
-    if (mine) out.weight[k] = ComputeType<T>(v);
-  }
-  return sum;
+template <class T, class RowLayout, bool Plain>
+__global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>) gate_rows(GateTask task) {
+  const RowLayout layout(task.gate.experts);
+  SIMT_DYN_SMEM(char, shared);
+  float* const rows = reinterpret_cast<float*>(shared);
+  double* const of_sums = reinterpret_cast<double*>(shared + RowRouter<T, RowLayout, Plain>::shared_bytes(blockDim.x));
+  RowRouter<T, RowLayout, Plain> router(task, layout, rows);
+  for_tiles<float>(task, layout, of_sums, task.gate.all_ranks ? int(task.gate.top_n) : 1,
+                   [&](TileSums<RowLayout>& sums, int64_t index) { router.run(sums, index); });
 }
 
-// Divides the v_k of a token.
-template <class T, class RowLayout>
-__device__ __forceinline__ void normalise(const Gate& a, const RowLayout& layout, int64_t token, double sum) {
-  const Outputs<T> out(a, token);
-  for (int64_t k = layout.thread; k < a.top_n; k += RowLayout::width) {
-    out.weight[k] = ComputeType<T>(normalised(typename RowLayout::Scalar(out.weight[k]), sum, a));
-  }
+// Returns whether `gate_rows` has the router.
+bool in_rows(const Gate& a) {
+  return a.dtype != DType::F64 && a.experts <= kMostExperts && a.top_n <= kMostRanks && a.score == Score::Softmax &&
+         !selects_by_gates(a) && a.given == nullptr && a.statistics == nullptr && !a.soft;
 }
 
 template <class T, class RowLayout>
-__device__ __forceinline__ void gate_tile_of_any_router(const GateTask& task, int64_t index) {
-  using Scalar = typename RowLayout::Scalar;
-  const Gate& a = task.gate;
-  const RowLayout layout(a.experts);
-  const Tile tile(task.plan, index, a.tokens);
-  char* memory = task.space.rows + blockIdx.x * task.plan.row_bytes;
-  typename RowLayout::template Row<Scalar> s(memory, layout.count), z(memory, layout.count);
-  AnyRouter<T, RowLayout> router(task, layout, memory);
-  SIMT_DYN_SMEM(double, shared);
-  TileSums<RowLayout, true> sums(layout, shared);
-  if (a.losses) sums.start(task.space, index);
-  for (TokenRows<T, RowLayout> rows(layout, a, task.plan, tile); rows.more();) {
-    rows.next(s);
-    double sum = router.choose(s, z, rows.token);
-    if (a.losses && is_valid(a, rows.token)) router.add_to(sums, s, z, rows.token);
-    if constexpr (std::is_same_v<Scalar, double>) {
-      if (a.soft) sum = soften<T>(a, layout, s, rows.token);
-    }
-    normalise<T>(a, layout, rows.token, sum);
-  }
-  if (a.losses) sums.finish(task.space, index);
-  if (a.statistics != nullptr) router.finish_statistics(index);
-}
-
-template <class T, class RowLayout>
-__device__ __forceinline__ void gate_tile(const GateTask& task, int64_t index) {
-  using Scalar = typename RowLayout::Scalar;
-  const Gate& a = task.gate;
-  const RowLayout layout(a.experts);
-  const Tile tile(task.plan, index, a.tokens);
-  char* memory = task.space.rows + blockIdx.x * task.plan.row_bytes;
-  typename RowLayout::template Row<Scalar> s(memory, layout.count), z(memory, layout.count);
-  typename RowLayout::template Row<typename RowLayout::Key> keys(memory, layout.count);
-  SIMT_DYN_SMEM(double, shared);
-  TileSums<RowLayout, false> sums(layout, shared);
-  if (a.losses) sums.start(task.space, index);
-
-  for (TokenRows<T, RowLayout> rows(layout, a, task.plan, tile); rows.more();) {
-    rows.next(s);
-    const int64_t token = rows.token;
-    FirstChoice<Scalar> first;
-    double sum = 0;
-    if constexpr (!kSorted<RowLayout>) {
-      first = choose<T>(a, layout, s, keys, token, sum);
-    } else if constexpr (sizeof(T) == 2) {
-      first = a.noise == nullptr ? choose_sorted<Key32<T>, T>(a, layout, s, rows.in_tile, token)
-                                 : choose_sorted<Key64, T>(a, layout, s, rows.in_tile, token);
-    } else {
-      first = choose_sorted<Key64, T>(a, layout, s, rows.in_tile, token);
-    }
-    if (a.losses) {
-      if (a.noise != nullptr) {
-        layout.load(logits_of<T>(a, token), task.plan.aligned16, z);
-        first.lse = softmax(layout, z);
-      }
-      if (rows.in_tile && is_valid(a, token)) {
-        sums.add(s, Scalar(1), value_of(first.lse));
-        if (layout.thread == 0) sums.count(first.expert);
-      }
-    }
-    if constexpr (!kSorted<RowLayout>) {
-      if constexpr (std::is_same_v<Scalar, double>) {
-        if (a.soft) sum = soften<T>(a, layout, s, token);
-      }
-      normalise<T>(a, layout, token, sum);
-    }
-  }
-  if (a.losses) sums.finish(task.space, index);
-}
-
-// Writes the zeros that Gate promises for losses == false.
-template <class Weight>
-__device__ void write_no_losses(const Gate& a) {
-  const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = first; i < a.groups * a.experts; i += step) {
-    static_cast<Weight*>(a.importance)[i] = 0;
-    a.counts[i] = 0;
-  }
-  if (first == 0) *static_cast<Weight*>(a.balance_loss) = *static_cast<Weight*>(a.router_z_loss) = 0;
-}
-
-template <class T, class RowLayout, bool General>
-__global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>) gate_tokens(GateTask task) {
-  if (!task.gate.losses) {
-    write_no_losses<ComputeType<T>>(task.gate);
-  } else if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *task.space.ticket = 0;
-  }
-  // Where rows are in registers, there is a block for each tile.
-  for (int64_t tile = blockIdx.x; tile < task.plan.count; tile += gridDim.x) {
-    if constexpr (General) {
-      gate_tile_of_any_router<T, RowLayout>(task, tile);
-    } else {
-      gate_tile<T, RowLayout>(task, tile);
-    }
-  }
-}
-
-// Divides the workspace.
-GateSpace divide_workspace(const Gate& a, const TilePlan& plan) {
-  char* const begin = static_cast<char*>(a.workspace);
-  int64_t used = 0;
-  const auto reserve = [&](auto*& to, int64_t count) {
-    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(begin + used);
-    used += (count * int64_t(sizeof *to) + 15) / 16 * 16;
+GateLaunch rows_launch(const Gate& a, T* /*element*/, RowLayout* layout) {
+  const bool plain = a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8;
+  const auto launch = [&](auto is_plain) {
+    constexpr bool Plain = decltype(is_plain)::value;
+    const size_t shared = RowRouter<T, RowLayout, Plain>::shared_bytes(kBlockThreads<RowLayout>);
+    return GateLaunch(a, gate_rows<T, RowLayout, Plain>, layout, 0, shared);
   };
-  GateSpace space{};
-  reserve(space.rows, plan.memory_bytes());
-  if (a.losses) {
-    reserve(space.importance, plan.count * a.experts);
-    reserve(space.z_loss, plan.count);
-    reserve(space.balance, a.groups * ceil_div(a.experts, kExpertsPerBlock));
-    reserve(space.group_z_loss, a.groups);
-    reserve(space.group_valid, a.groups);
-    reserve(space.counts, plan.count * a.experts);
-    reserve(space.counted, plan.count);
-    reserve(space.valid_tokens, plan.count);
-    reserve(space.ticket, 1);
-  }
-  if (a.statistics != nullptr) reserve(space.statistics, plan.count * (plan.block / kWarp));
-  space.bytes = used;
-  return space;
+  return plain ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
-// Returns whether experts are not the best of a softmax, or more is asked for than the losses of these.
-bool is_general(const Gate& a) {
-  return a.score != Score::Softmax || selects_by_gates(a) || a.given != nullptr || a.statistics != nullptr || a.all_ranks;
-}
-
-template <class T, class RowLayout, bool General>
-GateTask task_of(const Gate& a, T* /*element*/, RowLayout* /*layout*/, std::bool_constant<General> /*general*/) {
-  const int64_t plain = 2 * sizeof(typename RowLayout::Scalar) + sizeof(typename RowLayout::Key);
-  const int64_t bytes_per_expert = General ? AnyRouter<T, RowLayout>::row_bytes_per_expert : plain;
-  GateTask task{a, plan_tiles<RowLayout>(a, bytes_per_expert, is_aligned16(a.experts * sizeof(T), a.logits)), {}};
-  task.space = divide_workspace(a, task.plan);
-  return task;
-}
-
-template <class T, class RowLayout, bool General>
-cudaError_t launch_gate(const Gate& a, cudaStream_t stream, T* element, RowLayout* layout, std::bool_constant<General> general) {
-  const GateTask task = task_of(a, element, layout, general);
-  const size_t shared = a.losses ? TileSums<RowLayout, General>::shared_bytes(task.plan.block, a.experts) : 0;
-  const auto kernel = gate_tokens<T, RowLayout, General>;
-  cudaError_t error = SIMT_LAUNCH(kernel, task.plan.grid, task.plan.block, shared, stream, task);
-  if (error == cudaSuccess && a.losses) error = launch_losses(task, stream);
-  if (error == cudaSuccess && a.statistics != nullptr) error = launch_statistics(task, stream);
-  return error;
+// Calls f with the launch of `gate_rows`.
+template <class F>
+cudaError_t with_rows_launch(const Gate& a, const F& f) {
+  return with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    if constexpr (std::is_same_v<T, double>) {
+      return cudaErrorInvalidValue;
+    } else {
+      return with_layout<T>(a.experts, [&](auto* layout) { return f(rows_launch(a, element, layout)); });
+    }
+  });
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const Gate& a) {
+  if (!in_rows(a)) return workspace_bytes_any(a);
   int64_t bytes = 0;
-  with_row(a, is_general(a), [&](auto* element, auto* layout, auto general) {
-    bytes = task_of(a, element, layout, general).space.bytes;
+  with_rows_launch(a, [&](const GateLaunch& launch) {
+    bytes = launch.task.space.bytes;
     return cudaSuccess;
   });
   return bytes;
 }
 
 cudaError_t run(const Gate& a, cudaStream_t stream) {
-  return with_row(a, is_general(a), [&](auto* element, auto* layout, auto general) {
-    return launch_gate(a, stream, element, layout, general);
-  });
+  if (!in_rows(a)) return run_any(a, stream);
+  return with_rows_launch(a, [&](const GateLaunch& launch) { return launch.run(stream); });
 }
 
 }  // namespace topn_gating::cuda

@@ -1,254 +1,266 @@
-// Gradients of docs/spec.md, steps 4 to 6 and 10, on a GPU. The gates of each token are computed again, which costs less than
-// keeping them from the forward pass.
+// Gradients of docs/spec.md, steps 4 to 6 and 10, on a GPU, for up to 512 experts and 16 ranks: the threads of a warp, or of a part of one,
+// share a token, whose row is in registers. Each rank has a thread. The gates of each token are computed again, which costs less than
+// keeping them from the forward pass. gate_backward_any.cu has the kernel for all other routers and sizes.
+#include "cuda/exponential.cuh"
+#include "cuda/gate_backward.cuh"
 #include "cuda/kernels.h"
-#include "cuda/token.cuh"
 
 namespace topn_gating::cuda {
 namespace {
 
-struct GateBackwardTask {
-  GateBackward gate;
-  TilePlan plan;
-  double* valid_tokens;  // (g) number of valid tokens of each group, where they are counted
-  char* rows;
-};
-
-// Returns whether valid tokens are counted: where there is a mask, and a gradient of a mean over valid tokens.
-__host__ __device__ inline bool counts_valid_tokens(const GateBackward& a) {
-  return a.token_mask != nullptr &&
-         (a.grad_importance != nullptr || a.grad_balance_loss != nullptr || a.grad_router_z_loss != nullptr);
-}
-
-// Returns the bytes that valid_tokens takes of the workspace.
-int64_t valid_tokens_bytes(const GateBackward& a) {
-  return counts_valid_tokens(a) ? (a.groups + 1) / 2 * 2 * int64_t(sizeof(double)) : 0;
-}
-
-// Counts the valid tokens of a group in each block.
-__global__ void count_valid_tokens(GateBackwardTask task) {
-  const GateBackward& a = task.gate;
-  const int64_t group = blockIdx.x;
-  SIMT_DYN_SMEM(double, shared);
-  double count = 0;
-  for (int64_t i = threadIdx.x; i < a.tokens && group < a.groups; i += blockDim.x) {
-    count += a.token_mask[group * a.tokens + i] ? 1.0 : 0.0;
-  }
-  count = warp_sum(count);
-  if (lane_id() == 0) shared[warp_id()] = count;
-  __syncthreads();
-  if (threadIdx.x == 0 && group < a.groups) task.valid_tokens[group] = sum_warps(shared);
-}
-
-// Differentiates tokens; `Softmax` is whether that is the score.
-template <class T, class RowLayout, bool Softmax>
-class Gradient {
+// Differentiates tokens. `Plain`: without noise or mask, and for at most eight ranks.
+template <class T, class RowLayout, bool Plain>
+class RowGradient {
  public:
-  using Scalar = typename RowLayout::Scalar;
-  using Weight = ComputeType<T>;
-  using Row = typename RowLayout::template Row<Scalar>;
+  using Row = typename RowLayout::template Row<float>;
+  using Exponentials = RowExponentials<RowLayout>;
+  static constexpr int kWidth = RowLayout::width, kCount = RowLayout::count;
+  static constexpr int kMostRanks = Plain || kWidth == 1 ? 8 : 16;
+  static constexpr int kRanks = kWidth < kMostRanks ? kMostRanks / kWidth : 1;  // of a thread
+  static constexpr bool kOnePerThread = kRanks == 1;
+  static constexpr int kRowFloats = kWidth * kCount + 4;  // and a gap, against bank conflicts
 
-  __device__ Gradient(const GateBackwardTask& task, char* memory)
-      : layout(task.gate.experts), s(memory, layout.count), task_(task), a_(task.gate), q_(memory, layout.count),
-        grad_p_(memory, layout.count), importance_(memory, layout.count), slope_(memory, Softmax ? 0 : layout.count),
-        z_scale_(scalar_gradient(a_.grad_router_z_loss)) {
-    if (z_scale_ != 0) z_scale_ = z_loss_scale(z_scale_, valid_tokens_of_all());
+  static size_t shared_bytes(unsigned block) { return block / kWidth * kRowFloats * sizeof(float); }
+
+  __device__ RowGradient(const GateBackwardTask& task, float* shared)
+      : task_(task), a_(task.gate), layout_(task.gate.experts), losses_(task),
+        row_(shared + int(threadIdx.x) / kWidth * kRowFloats), ranks_(a_.grad_weight == nullptr || is_constant() ? 0 : int(a_.top_n)), scale_(float(a_.scale)), row_id_(lane_id() / kWidth) {
+    keep(scale_);
+    keep(row_id_);
+    clear_row();
+    __syncwarp();
   }
 
-  __device__ void start_group(int64_t group) {
-    const auto* const grad_importance = static_cast<const Weight*>(a_.grad_importance);
-    const double valid_tokens = counts_valid_tokens(a_) ? task_.valid_tokens[group] : double(a_.tokens);
-    double counted = 0;  // counts may be made up
-    for (int64_t e = lane_id(); e < a_.experts; e += kWarp) counted += a_.counts[group * a_.experts + e];
-    const ImportanceGradient gradient(scalar_gradient(a_.grad_balance_loss), a_.experts, a_.groups,
-                                      GroupShares(valid_tokens, warp_sum(counted)));
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout.count; ++i) {
-      importance_[i] = 0;
-      if (!layout.valid(i)) continue;
-      const int64_t at = group * a_.experts + layout.index(i);
-      importance_[i] = Scalar(gradient(grad_importance == nullptr ? 0.0 : double(grad_importance[at]), a_.counts[at]));
-    }
-  }
-
-  // Differentiates a token whose scores are in s, and writes its gradient where in_tile.
-  __device__ __forceinline__ void differentiate(int64_t token, bool in_tile) {
-    const bool valid = is_valid(a_, token);
-    const bool blank = a_.token_mask != nullptr && !has_gradient(token) && !valid;
-    LogSumExp<Scalar> lse{};
-    Scalar sum{};
-    if constexpr (Softmax) {
-      lse = softmax(layout, s);
-    } else {
-      sum = score_gates_of(a_.score, layout, s, [&](int i, Scalar slope) { slope_[i] = slope; });
-    }
-    if (a_.grad_weight == nullptr) {
-      clear(grad_p_);
-    } else if constexpr (std::is_same_v<Scalar, float>) {
-      through_gates(token);
-    } else if (kSoftOnly<T, RowLayout> || a_.soft) {
-      through_soft(token);
-    } else {
-      through_gates(token);
-    }
-    const auto importance = [&](int i) { return valid ? importance_[i] : Scalar(0); };
-    if constexpr (Softmax) {
-      softmax_backward(layout, s, importance, grad_p_);
-    } else {
-      score_gates_backward(layout, s, slope_, sum, a_.eps, importance, grad_p_);
-    }
-    if (z_scale_ != 0) {
-      if (!Softmax || a_.noise != nullptr) {
-        layout.load(logits_of<T>(a_, token), task_.plan.aligned16, s);
-        lse = softmax(layout, s);
+  __device__ __forceinline__ void run(int64_t index) {
+    const Tile tile(task_.plan, index, a_.tokens);
+    losses_.of_group(layout_, tile.group, importance_);
+    if (is_constant()) importance_ = Row();
+    const int32_t* experts = a_.expert + tile.first * ranks_;
+    const float* grads = static_cast<const float*>(a_.grad_weight) + tile.first * ranks_;
+    T* out = static_cast<T*>(a_.grad_logits) + tile.first * a_.experts;
+    keep(experts);
+    keep(grads);
+    keep(out);
+    const float z_scale = float(losses_.z_scale());
+    TokenRows<T, RowLayout> rows(layout_, a_, task_.plan, tile);
+    read_ranks(experts, grads, rows.upcoming());
+    while (rows.more()) {
+      Row s;
+      rows.next_logits(s);
+      int expert[kRanks];
+      float grad[kRanks], score[kRanks];
+      TOPN_UNROLL
+      for (int j = 0; j < kRanks; ++j) {
+        expert[j] = expert_[j];
+        grad[j] = grad_[j];
+        score[j] = expert[j] >= 0 ? score_of(rows, expert[j]) : 0.0f;
       }
-      const Scalar scale = Scalar(z_scale_ * value_of(lse));
-      TOPN_UNROLL_BY(RowLayout::unroll)
-      for (int i = 0; i < layout.count; ++i) grad_p_[i] += valid ? scale * s[i] : Scalar(0);
-    }
-    if (blank) clear(grad_p_);  // even where the token holds NaN
-    if (in_tile) layout.store(grad_p_, task_.plan.aligned16, static_cast<T*>(a_.grad_logits) + token * a_.experts);
-  }
+      read_ranks(experts, grads, rows.upcoming());
+      if constexpr (!Plain) add_noise<T>(layout_, a_, rows.token, s);
+      const Exponentials exponentials(s, highest_of<RowLayout>(s));
+      const float share = reciprocal(exponentials.sum);
 
-  const RowLayout layout;
-  Row s;  // the token's scores, later its gates
+      scatter(exponentials, share, expert, grad, score);
+      Row q;
+      gather(q);
+      const bool valid = Plain || is_valid(a_, rows.token);
+      float dot = 0;
+      TOPN_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        if (valid) q[i] += importance_[i];
+        dot += s[i] * q[i];
+      }
+      float offset = -(layout_.sum(dot) * share);
+      const bool noisy = !Plain && a_.noise != nullptr;
+      if (z_scale != 0 && valid && !noisy) offset += z_scale * logsumexp(exponentials);
+      offset *= share;
+      TOPN_UNROLL
+      for (int i = 0; i < kCount; ++i) s[i] *= __fmaf_rn(q[i], share, offset);
+      if constexpr (!Plain) {
+        if (z_scale != 0 && noisy) add_z_loss(rows, valid, z_scale, s);
+        if (a_.token_mask != nullptr) clear_padding(valid, grad, s);
+      }
+      if (rows.in_tile) layout_.store(s, task_.plan.aligned16, out + rows.index * layout_.experts);
+    }
+  }
 
  private:
-  __device__ __forceinline__ void clear(Row& row) {
-    TOPN_UNROLL_BY(RowLayout::unroll)
-    for (int i = 0; i < layout.count; ++i) row[i] = 0;
-  }
+  // Returns whether the gates depend on no logit, as those of a single expert: rounding must not show.
+  __device__ __forceinline__ bool is_constant() const { return layout_.experts == 1; }
+  __device__ __forceinline__ int rank(int j) const { return layout_.thread + j * kWidth; }
 
-  // Returns the number of valid tokens of all groups.
-  __device__ double valid_tokens_of_all() const {
-    if (!counts_valid_tokens(a_)) return double(a_.groups * a_.tokens);
-    double count = 0;
-    for (int64_t group = lane_id(); group < a_.groups; group += kWarp) count += task_.valid_tokens[group];
-    return warp_sum(count);
-  }
-  // Returns the value of a loss's gradient; 0 where it is null.
-  static __device__ __forceinline__ double scalar_gradient(const void* gradient) {
-    return gradient == nullptr ? 0.0 : double(*static_cast<const Weight*>(gradient));
-  }
-  __device__ __forceinline__ double grad_weight(int64_t token, int64_t k) const {
-    return double(static_cast<const Weight*>(a_.grad_weight)[token * a_.top_n + k]);
-  }
-  // Returns the expert of a rank, -1 where there is none.
-  __device__ __forceinline__ int expert(int64_t token, int64_t k) const {
-    const int32_t given = a_.expert[token * a_.top_n + k];
-    return given >= 0 && given < layout.experts ? given : -1;
-  }
-
-  __device__ __forceinline__ bool has_gradient(int64_t token) const {
-    int any = 0;
-    if (a_.grad_weight != nullptr) {
-      for (int64_t k = layout.thread; k < a_.top_n; k += RowLayout::width) any |= grad_weight(token, k) != 0;
+  // Reads the expert, -1 where there is none, and the gradient of the weight of each rank of this thread.
+  __device__ __forceinline__ void read_ranks(const int32_t* experts, const float* grads, int index) {
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      expert_[j] = -1;
+      grad_[j] = 0;
+      if (rank(j) >= ranks_) continue;
+      const int at = index * ranks_ + rank(j);
+      const int given = experts[at];
+      grad_[j] = grads[at];
+      expert_[j] = unsigned(given) < unsigned(layout_.experts) ? given : -1;
     }
-    return RowLayout::reduce(any, [](int x, int y) { return x | y; }) != 0;
   }
 
-  // Returns the gradient of v_k = score(k) as a function of that of w_k.
-  template <class Score>
-  __device__ __forceinline__ WeightGradient<double> through_weights(int64_t token, const Score& score) const {
+  // docs/spec.md, step 3, for one expert.
+  __device__ __forceinline__ float score_of(const TokenRows<T, RowLayout>& rows, int expert) const {
+    const float logit = to_compute(rows.logits()[expert]);
+    if (Plain || a_.noise == nullptr) return logit;
+    const float u = static_cast<const float*>(a_.noise)[rows.token * a_.experts + expert];
+    return logit + float(a_.noise_mult) * gumbel<RowLayout>(u);
+  }
+
+  // Adds the gradient of the gates of the chosen experts to the row in shared memory, which holds zeros.
+  __device__ __forceinline__ void scatter(const Exponentials& exponentials, float share, const int (&expert)[kRanks],
+                                          const float (&grad)[kRanks], const float (&score)[kRanks]) {
+    if (ranks_ == 0) return;
     double sum = 0, dot = 0;
-    for (int64_t k = 0; k < a_.top_n; ++k) {
-      const double v = score(k);
-      sum += v;
-      dot += grad_weight(token, k) * v;
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      const float v = expert[j] >= 0 ? exponentials.of(score[j]) * share : 0.0f;
+      sum += double(v);
+      dot += double(v) * double(grad[j]);
     }
-    return weight_gradient(sum, dot, a_);
+    TOPN_UNROLL
+    for (int by = 1; by < std::min(kWidth, kMostRanks); by *= 2) sum += shuffle_xor(sum, by), dot += shuffle_xor(dot, by);
+    // That of v: csrc/row.h, weight_gradient.
+    double offset = 0;
+    float factor = scale_;
+    if (a_.normalize) {
+      offset = sum < a_.eps ? 0.0 : dot / sum;
+      factor *= reciprocal(float(sum < a_.eps ? a_.eps : sum));
+    }
+    float grad_v[kRanks];
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) grad_v[j] = float(double(grad[j]) - offset) * factor;
+    if (!kOnePerThread || ballot(repeats(expert[0])) != 0) return add_in_order(expert, grad_v);
+    if (expert[0] >= 0) row_[expert[0]] = grad_v[0];
+  }
+  // Returns whether another rank of the token has this expert: experts may be made up.
+  __device__ __forceinline__ bool repeats(int expert) const {
+    const unsigned peers = match(expert >= 0 ? unsigned(expert) << 5 | row_id_ : ~lane_id());
+    return (peers & (peers - 1)) != 0;
+  }
+  __device__ __forceinline__ void add_in_order(const int (&expert)[kRanks], const float (&grad_v)[kRanks]) {
+    for (int k = 0; k < ranks_; ++k) {
+      TOPN_UNROLL
+      for (int j = 0; j < kRanks; ++j) {
+        if (rank(j) == k && expert[j] >= 0) row_[expert[j]] += grad_v[j];
+      }
+      __syncwarp();
+    }
   }
 
-  __device__ void through_gates(int64_t token) {
-    const auto to_v = through_weights(token, [&](int64_t k) {
-      const int chosen = expert(token, k);
-      const Scalar v = layout.at(s, chosen < 0 ? 0 : chosen);
-      return chosen < 0 ? 0.0 : double(v);
-    });
-    clear(grad_p_);
-    for (int64_t k = 0; k < a_.top_n; ++k) {
-      const int chosen = expert(token, k);
-      if (chosen >= 0) layout.add(grad_p_, chosen, Scalar(to_v(grad_weight(token, k))));
+  // Reads this thread's part of the row in shared memory and leaves zeros there.
+  __device__ __forceinline__ void gather(Row& q) {
+    __syncwarp();
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 part = *reinterpret_cast<const float4*>(row_ + layout_.index(i));
+      q[i] = part.x;
+      q[i + 1] = part.y;
+      q[i + 2] = part.z;
+      q[i + 3] = part.w;
     }
+    clear_row();
+    __syncwarp();
+  }
+  __device__ __forceinline__ void clear_row() {
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; i += 4) *reinterpret_cast<float4*>(row_ + layout_.index(i)) = make_float4(0, 0, 0, 0);
   }
 
-  __device__ void through_soft(int64_t token) {
-    if constexpr (std::is_same_v<Scalar, double>) {
-      TOPN_UNROLL_BY(RowLayout::unroll)
-      for (int i = 0; i < layout.count; ++i) q_[i] = s[i];
-      const SoftTopN<double> soft(layout, layout.experts, int(a_.top_n), q_);
-      const auto in_row = [&](int64_t k) { return expert(token, k) < 0 ? 0 : expert(token, k); };
-      const auto to_v = through_weights(token, [&](int64_t k) {
-        const double score = soft.score(layout.at(q_, in_row(k)));
-        return expert(token, k) < 0 ? 0.0 : score;
-      });
-      soft.backward(layout, q_, int(a_.top_n), in_row,
-                    [&](int k) { return expert(token, k) < 0 ? 0.0 : to_v(grad_weight(token, k)); }, grad_p_);
+  static __device__ __forceinline__ float logsumexp(const Exponentials& of) {
+    return (of.exponent + binary_logarithm(of.sum)) * 0.693147181f;
+  }
+  // Adds the gradient of the z-loss, which is computed of logits without noise.
+  __device__ __forceinline__ void add_z_loss(const TokenRows<T, RowLayout>& rows, bool valid, float z_scale, Row& grad) const {
+    Row z;
+    layout_.load(rows.logits(), task_.plan.aligned16, z);
+    const Exponentials exponentials(z, highest_of<RowLayout>(z));
+    const float factor = z_scale * logsumexp(exponentials) * reciprocal(exponentials.sum);
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (valid) grad[i] += factor * z[i];
+    }
+  }
+  // Padding has no gradient, even where it holds NaN, unless its weights have one.
+  __device__ __forceinline__ void clear_padding(bool valid, const float (&grad)[kRanks], Row& out) const {
+    int any = 0;
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) any |= grad[j] != 0;
+    any = RowLayout::reduce(any, [](int x, int y) { return x | y; });
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (!valid && any == 0) out[i] = 0;
     }
   }
 
   const GateBackwardTask& task_;
   const GateBackward& a_;
-  Row q_, grad_p_;
+  const RowLayout layout_;
+  const LossGradients<float> losses_;
+  float* const row_;  // in shared memory
+  const int ranks_;  // ranks whose weights have a gradient
+  float scale_;
+  unsigned row_id_;  // index of the row in the warp
   Row importance_;  // the group's ImportanceGradient
-  Row slope_;       // derivatives of gates other than a softmax
-  double z_scale_;  // z_loss_scale of all groups
+
+  // Of the next token.
+  int expert_[kRanks];
+  float grad_[kRanks];
 };
 
-template <class T, class RowLayout, bool Softmax>
-__global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>)
-    gate_backward_tokens(GateBackwardTask task) {
-  const GateBackward& a = task.gate;
-  Gradient<T, RowLayout, Softmax> gradient(task, task.rows + blockIdx.x * task.plan.row_bytes);
-  for (int64_t index = blockIdx.x; index < task.plan.count; index += gridDim.x) {
-    const Tile tile(task.plan, index, a.tokens);
-    gradient.start_group(tile.group);
-    for (TokenRows<T, RowLayout> rows(gradient.layout, a, task.plan, tile); rows.more();) {
-      rows.next(gradient.s);
-      gradient.differentiate(rows.token, rows.in_tile);
+template <class T, class RowLayout, bool Plain>
+__global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>) gate_backward_rows(GateBackwardTask task) {
+  SIMT_DYN_SMEM(float, shared);
+  RowGradient<T, RowLayout, Plain> gradient(task, shared);
+  for (int64_t tile = blockIdx.x; tile < task.plan.count; tile += gridDim.x) gradient.run(tile);
+}
+
+// Returns whether `gate_backward_rows` has the router.
+bool in_rows(const GateBackward& a) {
+  return a.dtype != DType::F64 && a.experts <= kMostExperts && a.top_n <= kMostRanks && a.score == Score::Softmax && !a.soft;
+}
+
+// Calls f with the launch of `gate_backward_rows`.
+template <class F>
+cudaError_t with_rows_launch(const GateBackward& a, const F& f) {
+  return with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    if constexpr (std::is_same_v<T, double>) {
+      return cudaErrorInvalidValue;
+    } else {
+      return with_layout<T>(a.experts, [&](auto* layout) {
+        using RowLayout = std::remove_pointer_t<decltype(layout)>;
+        const auto launch = [&](auto is_plain) {
+          constexpr bool Plain = decltype(is_plain)::value;
+          const size_t shared = RowGradient<T, RowLayout, Plain>::shared_bytes(kBlockThreads<RowLayout>);
+          return f(GateBackwardLaunch(a, gate_backward_rows<T, RowLayout, Plain>, layout, 0, shared));
+        };
+        const bool plain = a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8;
+        return plain ? launch(std::true_type{}) : launch(std::false_type{});
+      });
     }
-  }
-}
-
-template <class T, class RowLayout, bool General>
-GateBackwardTask task_of(const GateBackward& a, T* /*element*/, RowLayout* /*layout*/, std::bool_constant<General> /*general*/) {
-  const bool aligned16 = is_aligned16(a.experts * sizeof(T), a.logits, a.grad_logits);
-  const int64_t bytes_per_expert = (General ? 5 : 4) * sizeof(typename RowLayout::Scalar);
-  GateBackwardTask task{a, plan_tiles<RowLayout>(a, bytes_per_expert, aligned16), nullptr, nullptr};
-  task.valid_tokens = static_cast<double*>(a.workspace);
-  task.rows = static_cast<char*>(a.workspace) + valid_tokens_bytes(a);
-  return task;
-}
-
-template <class T, class RowLayout, bool General>
-cudaError_t launch_gate_backward(const GateBackward& a, cudaStream_t stream, T* element, RowLayout* layout,
-                                 std::bool_constant<General> general) {
-  const GateBackwardTask task = task_of(a, element, layout, general);
-  if (counts_valid_tokens(a)) {
-    if (a.groups > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-    const unsigned warps = SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::max<int64_t>(a.groups, 1));
-    const auto count = count_valid_tokens;
-    const cudaError_t error = SIMT_LAUNCH(count, blocks, warps * kWarp, warps * sizeof(double), stream, task);
-    if (error != cudaSuccess) return error;
-  }
-  const auto kernel = gate_backward_tokens<T, RowLayout, !General>;
-  return SIMT_LAUNCH(kernel, task.plan.grid, task.plan.block, 0, stream, task);
+  });
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const GateBackward& a) {
-  int64_t bytes = valid_tokens_bytes(a);
-  with_row(a, a.score != Score::Softmax, [&](auto* element, auto* layout, auto general) {
-    bytes += task_of(a, element, layout, general).plan.memory_bytes();
+  if (!in_rows(a)) return workspace_bytes_any(a);
+  int64_t bytes = 0;
+  with_rows_launch(a, [&](const GateBackwardLaunch& launch) {
+    bytes = launch.bytes;
     return cudaSuccess;
   });
   return bytes;
 }
 
 cudaError_t run(const GateBackward& a, cudaStream_t stream) {
-  return with_row(a, a.score != Score::Softmax, [&](auto* element, auto* layout, auto general) {
-    return launch_gate_backward(a, stream, element, layout, general);
-  });
+  if (!in_rows(a)) return run_any(a, stream);
+  return with_rows_launch(a, [&](const GateBackwardLaunch& launch) { return launch.run(stream); });
 }
 
 }  // namespace topn_gating::cuda

@@ -14,6 +14,7 @@ namespace topn_gating::cuda {
 template <class T, int Count>
 class Values {
  public:
+  Values() = default;
   __device__ explicit Values(char*&, int /*count*/) {}
   __device__ __forceinline__ T& operator[](int i) { return v_[i]; }
   __device__ __forceinline__ const T& operator[](int i) const { return v_[i]; }
@@ -47,6 +48,59 @@ class Values<T, 0> {
 
  private:
   T* v_;
+};
+
+// Some consecutive elements of a row as they are in memory: one, or 16 bytes, which stay whole so that they are loaded and stored
+// at once.
+template <class T, int Count>
+class RowPart {
+ public:
+  static_assert(Count == kPackSize<T>);
+  __device__ __forceinline__ void load(const T* from) { words_ = *reinterpret_cast<const uint4*>(from); }
+  __device__ __forceinline__ void store(T* to) const { *reinterpret_cast<uint4*>(to) = words_; }
+  // Access to element i, a compile-time constant, in its compute type.
+  __device__ __forceinline__ ComputeType<T> get(int i) const {
+    const unsigned word = i * int(sizeof(T)) < 4 ? words_.x : i * int(sizeof(T)) < 8 ? words_.y : i * int(sizeof(T)) < 12 ? words_.z : words_.w;
+    return from_word(word, i);
+  }
+  __device__ __forceinline__ void set(int i, ComputeType<T> value) {
+    unsigned& word = i * int(sizeof(T)) < 4 ? words_.x : i * int(sizeof(T)) < 8 ? words_.y : i * int(sizeof(T)) < 12 ? words_.z : words_.w;
+    word = with_element(word, i, value);
+  }
+
+ private:
+  static __device__ __forceinline__ float from_word(unsigned word, int i) {
+    if constexpr (sizeof(T) == 4) {
+      return __int_as_float(int(word));
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return __int_as_float(int(i % 2 == 0 ? word << 16 : word & 0xffff0000u));
+    } else {
+      return to_compute(__ushort_as_half(uint16_t(i % 2 == 0 ? word : word >> 16)));
+    }
+  }
+  static __device__ __forceinline__ unsigned with_element(unsigned word, int i, float value) {
+    if constexpr (sizeof(T) == 4) {
+      return unsigned(__float_as_int(value));
+    } else {
+      const T element = from_compute<T>(value);
+      uint16_t bits;
+      memcpy(&bits, &element, sizeof bits);
+      return i % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | unsigned(bits) << 16;
+    }
+  }
+
+  uint4 words_;
+};
+
+template <class T>
+class RowPart<T, 1> {
+ public:
+  __device__ __forceinline__ void load(const T* from) { element_ = *from; }
+  __device__ __forceinline__ ComputeType<T> get(int /*i*/) const { return to_compute(element_); }
+  __device__ __forceinline__ void set(int /*i*/, ComputeType<T> value) { element_ = from_compute<T>(value); }
+
+ private:
+  T element_;
 };
 
 template <int Count>
@@ -127,37 +181,45 @@ struct WarpLayout : ValueCount<Count> {
     if (holder(expert) == thread) keys.set(place(expert), std::numeric_limits<T>::min());
   }
 
-  // A row as it is in memory, loaded before it is needed.
+  // A row as it is in memory, loaded before it is needed. Entries past the last expert hold -inf.
   template <class T>
   struct Fetched {
-    Pack<T, Chunk> packs[Count > 0 ? Count / Chunk : 1];
+    RowPart<T, Chunk> parts[Count > 0 ? Count / Chunk : 1];
   };
-  // `aligned16`: whether every row is aligned to 16 bytes.
+  template <class T>
+  __device__ __forceinline__ void start(Fetched<T>& row) const {
+    TOPN_UNROLL
+    for (int i = 0; i < Count; ++i) row.parts[i / Chunk].set(i % Chunk, ComputeType<T>(lowest));
+  }
+  // Reads a row into one that was started or fetched before. `aligned16`: whether every row is aligned to 16 bytes.
   template <class T>
   __device__ __forceinline__ void fetch(const T* row, bool aligned16, Fetched<T>& to) const {
-    TOPN_UNROLL
-    for (int c = 0; c < Count / Chunk; ++c) {
-      if (!valid(c * Chunk)) continue;
-      if (Chunk == kPackSize<T> && aligned16) {
-        to.packs[c] = load_pack<T, Chunk>(row + index(c * Chunk));
-      } else {
-        TOPN_UNROLL
-        for (int j = 0; j < Chunk; ++j) {
-          if (valid(c * Chunk + j)) to.packs[c].v[j] = row[index(c * Chunk + j)];
-        }
+    if (Chunk == kPackSize<T> && aligned16) {
+      TOPN_UNROLL
+      for (int c = 0; c < Count / Chunk; ++c) {
+        if (valid(c * Chunk)) to.parts[c].load(row + index(c * Chunk));
       }
+    } else {
+      fetch_elements(row, to);
     }
   }
-  // Entries past the last expert hold -inf.
+  template <class T>
+  __device__ __forceinline__ void fetch_elements(const T* row, Fetched<T>& to) const {
+    TOPN_UNROLL
+    for (int i = 0; i < Count; ++i) {
+      if (valid(i)) to.parts[i / Chunk].set(i % Chunk, to_compute(row[index(i)]));
+    }
+  }
   template <class T>
   __device__ __forceinline__ void unpack(const Fetched<T>& from, Row<Scalar>& to) const {
     TOPN_UNROLL
-    for (int i = 0; i < Count; ++i) to[i] = valid(i) ? Scalar(to_compute(from.packs[i / Chunk].v[i % Chunk])) : lowest;
+    for (int i = 0; i < Count; ++i) to[i] = Scalar(from.parts[i / Chunk].get(i % Chunk));
   }
   template <class T>
   __device__ __forceinline__ void load(const T* row, bool aligned16, Row<Scalar>& to) const {
     if constexpr (Count > 0) {
       Fetched<T> fetched;
+      start(fetched);
       fetch(row, aligned16, fetched);
       unpack(fetched, to);
     } else {
@@ -170,10 +232,10 @@ struct WarpLayout : ValueCount<Count> {
       if (aligned16) {
         TOPN_UNROLL_BY(unroll)
         for (int i = 0; i < this->count; i += Chunk) {
-          Pack<T, Chunk> pack;
+          RowPart<T, Chunk> part;
           TOPN_UNROLL
-          for (int j = 0; j < Chunk; ++j) pack.v[j] = from_compute<T>(ComputeType<T>(from[i + j]));
-          if (valid(i)) store_pack(row + index(i), pack);
+          for (int j = 0; j < Chunk; ++j) part.set(j, ComputeType<T>(from[i + j]));
+          if (valid(i)) part.store(row + index(i));
         }
         return;
       }

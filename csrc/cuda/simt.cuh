@@ -36,14 +36,27 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kDefaultShared = 48 << 10;  // bytes of shared memory that need no opt-in
 
 #ifndef TOPN_SIMT_HOST
+// Lets a kernel have that much dynamic shared memory.
+template <class Args>
+cudaError_t allow_shared(void (*kernel)(Args), size_t smem) {
+  if (smem <= kDefaultShared) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem));
+}
+
+// Returns how many blocks of a kernel a multiprocessor runs at once, at least 1.
+template <class Args>
+int resident_blocks(void (*kernel)(Args), unsigned block, size_t smem) {
+  int blocks = 1;
+  const bool known = allow_shared(kernel, smem) == cudaSuccess &&
+                     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(block), smem) == cudaSuccess;
+  return known && blocks > 1 ? blocks : 1;
+}
+
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), unsigned grid, unsigned block, size_t smem, cudaStream_t stream, Args args,
                    bool cooperative) {
-  if (smem > kDefaultShared) {
-    const cudaError_t refused =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem));
-    if (refused != cudaSuccess) return refused;
-  }
+  const cudaError_t refused = allow_shared(kernel, smem);
+  if (refused != cudaSuccess) return refused;
   void* parameters[] = {&args};
   const void* function = reinterpret_cast<const void*>(kernel);
   return cooperative ? cudaLaunchCooperativeKernel(function, dim3(grid), dim3(block), parameters, smem, stream)
@@ -54,6 +67,11 @@ cudaError_t launch(void (*kernel)(Args), unsigned grid, unsigned block, size_t s
 __device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
 #else
 __device__ __forceinline__ void sync_grid() { simt_grid_sync(); }
+
+template <class Args>
+int resident_blocks(void (* /*kernel*/)(Args), unsigned /*block*/, size_t /*smem*/) {
+  return 1;
+}
 #endif
 
 // Returns an attribute of the current device.
@@ -126,6 +144,41 @@ __device__ __forceinline__ unsigned next_ticket(unsigned* counter) {
   const unsigned number = atomicAdd(counter, 1u);
   __threadfence();
   return number;
+#endif
+}
+
+// Keeps a value in its register: the compiler must not compute it again in a loop.
+template <class T>
+__device__ __forceinline__ void keep([[maybe_unused]] T& value) {
+#ifndef TOPN_SIMT_HOST
+  if constexpr (std::is_pointer_v<T>) {
+    asm volatile("" : "+l"(value));
+  } else if constexpr (std::is_floating_point_v<T>) {
+    asm volatile("" : "+f"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+#endif
+}
+
+// Returns the larger number, in one instruction; of a number and a NaN, the number.
+__device__ __forceinline__ float larger(float a, float b) {
+#ifdef TOPN_SIMT_HOST
+  return max(a, b);
+#else
+  return fmaxf(a, b);
+#endif
+}
+
+// Returns the bytes of two numbers that a selector names, as the intrinsic __byte_perm does.
+__device__ __forceinline__ unsigned select_bytes(unsigned low, unsigned high, unsigned selector) {
+#ifdef TOPN_SIMT_HOST
+  const uint64_t both = uint64_t(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return result;
+#else
+  return __byte_perm(low, high, selector);
 #endif
 }
 

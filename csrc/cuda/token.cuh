@@ -31,72 +31,62 @@ struct Tile {
   }
 };
 
-// Threads of a multiprocessor that the tiles should keep busy.
-constexpr int64_t kThreadsPerProcessor = 2048;
+// Upper limit of the elements of a tile's rows, whose indices have 32 bits.
+constexpr int64_t kMostInTile = int64_t(1) << 30;
 // Upper limit of the global memory that rows may take, in bytes.
 constexpr int64_t kMemoryForRows = int64_t(64) << 20;
 
-// Launch bounds. Without the number of resident blocks the compiler would spill registers to fit more of them.
+// Launch bounds. A block has fewer threads where they need more registers, so that more of these serve.
 template <class RowLayout>
-constexpr unsigned kBlockThreads = RowLayout::in_registers ? SIMT_BLOCK_THREADS : kWarp;
+constexpr unsigned kBlockThreads = !RowLayout::in_registers    ? kWarp
+                                   : RowLayout::unroll > 8     ? SIMT_BLOCK_THREADS / 2
+                                                               : SIMT_BLOCK_THREADS;
+// Without the number of resident blocks the compiler would spill registers to fit more of them.
 template <class RowLayout>
-constexpr unsigned kResidentBlocks =
-    !RowLayout::in_registers ? 8 : RowLayout::unroll > 8 || sizeof(typename RowLayout::Scalar) == 8 ? 1 : 2;
+constexpr unsigned kResidentBlocks = !RowLayout::in_registers                  ? 8
+                                     : sizeof(typename RowLayout::Scalar) == 8 ? 1
+                                     : RowLayout::unroll > 8                   ? 3
+                                                                               : 2;
 
+// Plans tiles for as many blocks as are resident, `resident` on each multiprocessor.
 template <class RowLayout>
-TilePlan plan_tiles(const GateInputs& a, int64_t bytes_per_expert, bool aligned16) {
-  constexpr bool in_registers = RowLayout::in_registers;
+TilePlan plan_tiles(const GateInputs& a, int64_t bytes_per_expert, bool aligned16, int resident) {
   TilePlan plan{};
   plan.aligned16 = aligned16;
   plan.block = kBlockThreads<RowLayout>;
-  const int64_t rows = plan.block / RowLayout::width, total = a.groups * a.tokens;
-  int64_t blocks = device_attribute(cudaDevAttrMultiProcessorCount) * std::max<int64_t>(1, kThreadsPerProcessor / plan.block);
-  if (!in_registers) {
+  const int64_t rows = plan.block / RowLayout::width;
+  int64_t blocks = int64_t(device_attribute(cudaDevAttrMultiProcessorCount)) * std::max(resident, 1);
+  if (!RowLayout::in_registers) {
     plan.row_bytes = ceil_div<int64_t>(a.experts, kWarp) * kWarp * bytes_per_expert;
     blocks = std::min(blocks, std::max<int64_t>(1, kMemoryForRows / plan.row_bytes));
   }
-  plan.tokens = std::max<int64_t>(1, ceil_div(ceil_div(total, blocks), rows)) * rows;
+  const int64_t of_group = std::max<int64_t>(1, blocks / std::max<int64_t>(1, a.groups));
+  const int64_t most_rows = std::max<int64_t>(1, kMostInTile / std::max(a.experts, a.top_n) / rows);
+  plan.tokens = std::clamp<int64_t>(ceil_div(ceil_div(a.tokens, of_group), rows), 1, most_rows) * rows;
   plan.per_group = ceil_div(a.tokens, plan.tokens);
   plan.count = a.groups * plan.per_group;
-  // Where rows are in registers, each tile has a block. A grid of 0 blocks, which a launch refuses, stands for more than a grid
-  // can have.
-  const bool fits = plan.count <= std::numeric_limits<int32_t>::max();
-  plan.grid = unsigned(in_registers ? fits * std::max<int64_t>(1, plan.count) : std::clamp<int64_t>(plan.count, 1, blocks));
+  plan.grid = unsigned(std::clamp<int64_t>(plan.count, 1, blocks));
   return plan;
 }
 
-// The largest top_n whose chosen experts fit the registers of a row's threads. For a larger one rows are in global memory.
-constexpr int kRanks = 16;
+// The largest sizes of the kernels whose rows are in registers and shared by parts of a warp.
+constexpr int64_t kMostExperts = 512, kMostRanks = 16;
 
-// Whether a row serves the soft top-n alone: it is computed in double, although the elements are not double.
-template <class T, class RowLayout>
-constexpr bool kSoftOnly = std::is_same_v<typename RowLayout::Scalar, double> && !std::is_same_v<T, double>;
-
-// Whether a row's experts are chosen by sorting.
-template <class RowLayout>
-constexpr bool kSorted = RowLayout::in_registers && std::is_same_v<typename RowLayout::Scalar, float>;
-
-// Calls f with a null pointer whose type is the layout for rows of these sizes.
+// Calls f with a null pointer whose type is the layout for rows of at most kMostExperts.
 template <class T, class F>
-auto with_layout(int64_t experts, int64_t top_n, bool soft, const F& f) {
+auto with_layout(int64_t experts, const F& f) {
   constexpr int chunk = kPackSize<T>;
   const auto call = [&](auto* layout) { return f(layout); };
-  if constexpr (std::is_same_v<T, double>) {
-    return experts <= 256 ? call((WarpLayout<double, 32, 8, 1>*)nullptr) : call((WarpLayout<double, 32, 0, 1>*)nullptr);
-  } else {
-    if (soft) return experts <= 256 ? call((WarpLayout<double, 32, 8, 1>*)nullptr) : call((WarpLayout<double, 32, 0, 1>*)nullptr);
-    if (experts > 512 || top_n > kRanks) return call((WarpLayout<float, 32, 0, 1>*)nullptr);
-    if (experts <= 8) return call((WarpLayout<float, 1, 8, chunk>*)nullptr);
-    if (experts <= 16) return call((WarpLayout<float, 2, 8, chunk>*)nullptr);
-    if (experts <= 32) return call((WarpLayout<float, 4, 8, chunk>*)nullptr);
-    if (experts <= 64) return call((WarpLayout<float, 8, 8, chunk>*)nullptr);
-    if (experts <= 128) return call((WarpLayout<float, 16, 8, chunk>*)nullptr);
-    if (experts <= 256) return call((WarpLayout<float, 32, 8, chunk>*)nullptr);
-    return call((WarpLayout<float, 32, 16, chunk>*)nullptr);
-  }
+  if (experts <= 8) return call((WarpLayout<float, 1, 8, chunk>*)nullptr);
+  if (experts <= 16) return call((WarpLayout<float, 2, 8, chunk>*)nullptr);
+  if (experts <= 32) return call((WarpLayout<float, 4, 8, chunk>*)nullptr);
+  if (experts <= 64) return call((WarpLayout<float, 8, 8, chunk>*)nullptr);
+  if (experts <= 128) return call((WarpLayout<float, 8, 16, chunk>*)nullptr);
+  if (experts <= 256) return call((WarpLayout<float, 16, 16, chunk>*)nullptr);
+  return call((WarpLayout<float, 32, 16, chunk>*)nullptr);
 }
 
-// The same for the kernels of any router, whose rows are shared by a whole warp each.
+// The same for rows of any size, in double where T is double or `soft` is set. A whole warp shares a row.
 template <class T, class F>
 auto with_general_layout(int64_t experts, bool soft, const F& f) {
   const auto call = [&](auto* layout) { return f(layout); };
@@ -106,18 +96,9 @@ auto with_general_layout(int64_t experts, bool soft, const F& f) {
   return experts <= 256 ? call((WarpLayout<double, 32, 8, 1>*)nullptr) : call((WarpLayout<double, 32, 0, 1>*)nullptr);
 }
 
-// Calls f with null pointers whose types are the element type and the layout of the rows, and with `general` as a constant:
-// whether the kernel is that of any router, not only of the softmax's largest scores.
-template <class F>
-cudaError_t with_row(const GateInputs& a, bool general, const F& f) {
-  return with_type(a.dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    if (general) {
-      return with_general_layout<T>(a.experts, a.soft, [&](auto* layout) { return f(element, layout, std::true_type{}); });
-    }
-    return with_layout<T>(a.experts, a.top_n, a.soft, [&](auto* layout) { return f(element, layout, std::false_type{}); });
-  });
-}
+// Whether a row serves the soft top-n alone: it is computed in double, although the elements are not double.
+template <class T, class RowLayout>
+constexpr bool kSoftOnly = std::is_same_v<typename RowLayout::Scalar, double> && !std::is_same_v<T, double>;
 
 template <class T>
 __device__ __forceinline__ const T* logits_of(const GateInputs& a, int64_t token) {
@@ -162,46 +143,62 @@ class TokenRows {
   using Row = typename RowLayout::template Row<typename RowLayout::Scalar>;
 
   __device__ TokenRows(const RowLayout& layout, const GateInputs& a, const TilePlan& plan, const Tile& tile)
-      : layout_(layout), a_(a), aligned16_(plan.aligned16), last_(tile.last),
-        next_(tile.first + threadIdx.x / RowLayout::width) {
+      : layout_(layout), a_(a), aligned16_(plan.aligned16), first_(tile.first), count_(int(tile.last - tile.first)),
+        next_(int(threadIdx.x) / RowLayout::width), step_(int(blockDim.x) / RowLayout::width), rows_(logits_of<T>(a, tile.first)) {
+    keep(rows_);
+    keep(step_);
+    layout.start(fetched_);
     fetch();
   }
 
   // Returns whether a row of this warp has a token left.
   __device__ __forceinline__ bool more() const {
-    return (RowLayout::width == int(kWarp) ? next_ : next_ - threadIdx.x / RowLayout::width) < last_;
+    return (RowLayout::width == int(kWarp) ? next_ : next_ - int(lane_id()) / RowLayout::width) < count_;
+  }
+  // Moves on to the next token and reads its logits.
+  __device__ __forceinline__ void next_logits(Row& s) {
+    in_tile = next_ < count_;
+    index = in_tile ? next_ : count_ - 1;
+    token = first_ + index;
+    next_ += step_;
+    if constexpr (RowLayout::in_registers) {
+      layout_.unpack(fetched_, s);
+      fetch();
+    } else {
+      layout_.load(logits(), aligned16_, s);
+    }
   }
   // Moves on to the next token and reads its scores.
   __device__ __forceinline__ void next(Row& s) {
-    in_tile = next_ < last_;
-    token = in_tile ? next_ : last_ - 1;
-    next_ += blockDim.x / RowLayout::width;
-    if constexpr (RowLayout::in_registers) {
-      const typename RowLayout::template Fetched<T> now = fetched_;
-      fetch();
-      layout_.unpack(now, s);
-    } else {
-      layout_.load(logits_of<T>(a_, token), aligned16_, s);
-    }
+    next_logits(s);
     add_noise<T>(layout_, a_, token, s);
   }
 
+  // Returns the index in the tile of the token that comes next; past the tile's end, of the last one.
+  __device__ __forceinline__ int upcoming() const { return next_ < count_ ? next_ : count_ - 1; }
+  // Returns the current token's logits.
+  __device__ __forceinline__ const T* logits() const { return rows_ + index * layout_.experts; }
+
   int64_t token = 0;     // index over all groups of the current token
+  int index = 0;         // index in the tile of the current token
   bool in_tile = false;  // whether the current token is new: not a repetition of the last one
 
  private:
   __device__ __forceinline__ void fetch() {
     if constexpr (RowLayout::in_registers) {
-      if (more()) layout_.fetch(logits_of<T>(a_, next_ < last_ ? next_ : last_ - 1), aligned16_, fetched_);
+      if (more()) layout_.fetch(rows_ + upcoming() * layout_.experts, aligned16_, fetched_);
     }
   }
 
   const RowLayout& layout_;
   const GateInputs& a_;
   const bool aligned16_;
-  const int64_t last_;
-  int64_t next_;
-  typename RowLayout::template Fetched<T> fetched_{};
+  const int64_t first_;
+  const int count_;  // tokens of the tile
+  int next_;
+  int step_;  // rows of the block
+  const T* rows_;
+  typename RowLayout::template Fetched<T> fetched_;
 };
 
 }  // namespace topn_gating::cuda

@@ -143,6 +143,30 @@ def test_coarse_scores_keep_the_stable_order(backend, experts):
     check(GateCase(torch.randint(-2, 3, (200, experts)).float(), min(experts, 40)), backend)
 
 
+def last_bits(experts: int, tokens: int = 24) -> torch.Tensor:
+    """Scores that differ in their last bits alone, in any order, of either sign; some are equal, and the last rows are zeros."""
+    steps = torch.stack([torch.randperm(experts) % (experts // 2 + 1) for _ in range(tokens)])
+    scale = torch.tensor([1.0, -1.0, 0.75, -3.0, 1e-3, -2e4]).repeat(tokens // 6).unsqueeze(-1)
+    bits = scale.view(torch.int32) + steps.to(torch.int32)
+    logits = bits.view(torch.float32)
+    logits[-2:] = torch.where(steps[-2:] % 2 == 0, 0.0, -0.0)
+    logits[-1, ::3] = 1e-45
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_n"), [(8, 3), (16, 8), (20, 11), (64, 8), (100, 16), (128, 8), (256, 8), (256, 13), (512, 16)]
+)
+@pytest.mark.parametrize("kind", ["all", "some", "below"])
+def test_scores_that_differ_in_their_last_bits(backend, experts, top_n, kind):
+    logits = last_bits(experts)
+    if kind == "some":  # the rest is lower
+        logits = torch.where(torch.rand(24, experts) < 0.2, logits, -3e4)
+    elif kind == "below":  # the rest is higher, so that the last ranks alone are close
+        logits = torch.where(torch.arange(experts) % experts < top_n - 2, torch.randn(24, experts).abs() + 4, logits)
+    check(GateCase(logits, top_n), backend)
+
+
 BAD_TOKENS = {
     "nan": lambda row: row.fill_(NAN),
     "one nan": lambda row: row[3].fill_(NAN),
