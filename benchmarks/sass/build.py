@@ -1,0 +1,84 @@
+"""Compiles a translation unit and disassembles kernels of it."""
+
+import ast
+import hashlib
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ptxas_spills import Function
+from ptxas_spills import functions as reported
+
+from .listing import Block, functions
+
+CACHE = Path(__file__).parents[2] / "build" / "sass"
+
+
+class Kernel(NamedTuple):
+    """A kernel: what ptxas reports of it, by its demangled name, and its code."""
+
+    report: Function
+    blocks: list[Block]
+
+
+def find_nvcc() -> str | None:
+    """Returns the path of nvcc."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def find_disassembler() -> str | None:
+    """Returns the path of nvdisasm: of the development requirements, or of a toolkit."""
+    site = Path(sysconfig.get_path("purelib"))
+    return next((str(path) for path in sorted(site.glob("nvidia/cu*/bin/nvdisasm"))), shutil.which("nvdisasm"))
+
+
+def nvcc_flags(root: Path) -> list[str]:
+    """Returns the flags with which setup.py compiles the kernels."""
+    match = re.search(r'"nvcc": (\[[^\]]*\])', (root / "setup.py").read_text())
+    if match is None:
+        raise SystemExit("setup.py has no flags of nvcc where they are looked for.")
+    return ast.literal_eval(match[1])
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command; ends the program with what it printed if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def compile_unit(nvcc: str, root: Path, unit: str, arch: str) -> Path:
+    """Returns the cubin of a translation unit, beside which ptxas' report is kept. Compiles only what has changed."""
+    flags = [f"-arch={arch}", *nvcc_flags(root), "-lineinfo", "-cubin", "-Xptxas", "-v", f"-I{root / 'csrc'}"]
+    sources = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cu", ".cuh"))
+    key = hashlib.sha256("\0".join([run([nvcc, "--version"]).stdout, unit, *flags]).encode())
+    for path in [path for path in sources if path.suffix != ".cu"] + [root / unit]:
+        key.update(path.read_bytes())
+    cubin = CACHE / f"{Path(unit).stem}-{arch}-{key.hexdigest()[:12]}.cubin"
+    if not cubin.with_suffix(".log").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(f"{Path(unit).stem}-{arch}-*"):
+            old.unlink()
+        done = run([nvcc, *flags, "-o", str(cubin), str(root / unit)])
+        cubin.with_suffix(".log").write_text(done.stderr)
+    return cubin
+
+
+def kernels(cubin: Path, disassembler: str, wanted: Callable[[str], bool]) -> list[Kernel]:
+    """Returns the kernels of a cubin whose demangled names are wanted."""
+    symbols = [line.split() for line in run(["readelf", "-sW", str(cubin)]).stdout.splitlines() if " FUNC " in line]
+    index = {fields[-1]: fields[0].rstrip(":") for fields in symbols}
+    log = cubin.with_suffix(".log").read_text()
+    mangled = re.findall(r"Function properties for (\w+)", log)
+    found = [(name, f) for name, f in zip(mangled, reported(log), strict=True) if f.registers and wanted(f.name)]
+    if not found:
+        return []
+    chosen = ",".join(index[name] for name, _ in found)
+    listing = run([disassembler, "-c", "-gi", "-fun", chosen, str(cubin)]).stdout
+    blocks = functions(listing.splitlines())
+    return [Kernel(f, blocks[name]) for name, f in found]

@@ -1,0 +1,125 @@
+"""Reads what ``nvdisasm -c -gi`` prints: instructions with the source lines that they come from, and basic blocks."""
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+import networkx as nx
+
+START = re.compile(r"\.text\.(\S+):$")
+LABEL = re.compile(r"(\.L_\w+):")
+PLACE = re.compile(r'File "([^"]+)", line (\d+)')
+INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:(@!?U?P\w+)\s+)?([\w.]+)\s*(.*?)\s*;")
+TARGET = re.compile(r"`\((\.L_\w+)\)|\"(\.L_\w+)\"")
+PREDICATE = re.compile(r"!?U?P[0-6]\b")
+
+
+class Place(NamedTuple):
+    """A line of a source file."""
+
+    file: str
+    line: int
+
+
+class Instruction(NamedTuple):
+    """An instruction; ``places`` are its line and the lines of the calls into which that was inlined, innermost first."""
+
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+    places: tuple[Place, ...]
+
+    @property
+    def name(self) -> str:
+        """The opcode without its modifiers."""
+        return self.opcode.partition(".")[0]
+
+    def has(self, modifier: str) -> bool:
+        """Returns whether the opcode has a modifier."""
+        return modifier in self.opcode.split(".")[1:]
+
+    @property
+    def targets(self) -> list[str]:
+        """The labels that the operands name."""
+        return [a or b for a, b in TARGET.findall(self.operands)]
+
+
+class Block(NamedTuple):
+    """A basic block, named by its number in the order of addresses."""
+
+    number: int
+    labels: tuple[str, ...]
+    instructions: tuple[Instruction, ...]
+
+
+@cache
+def place_of(line: str) -> Place | None:
+    """Returns the place that a comment of nvdisasm tells."""
+    match = PLACE.search(line)
+    return Place(match[1], int(match[2])) if match else None
+
+
+def functions(lines: Iterable[str]) -> dict[str, list[Block]]:
+    """Returns the basic blocks of each function by its mangled name. Subroutines of the compiler are part of their caller."""
+    found: dict[str, list[Block]] = {}
+    blocks: list[Block] = []
+    labels: list[str] = []
+    instructions: list[Instruction] = []
+    places: list[Place] = []
+    new_places = True  # whether the next comment starts a new list of places
+
+    def end() -> None:
+        if instructions:
+            blocks.append(Block(len(blocks), tuple(labels), tuple(instructions)))
+            labels.clear()
+            instructions.clear()
+
+    for line in lines:
+        if "//##" in line:
+            if new_places:
+                places, new_places = [], False
+            if place := place_of(line):
+                places.append(place)
+        elif match := INSTRUCTION.match(line):
+            new_places = True
+            address, predicate, opcode, operands = match.groups()
+            instructions.append(Instruction(int(address, 16), predicate or "", opcode, operands, tuple(places)))
+            if instructions[-1].name in ("BRA", "BRX", "JMP", "EXIT", "RET"):
+                end()
+        elif match := LABEL.match(line):
+            end()
+            labels.append(match[1])
+        elif match := START.match(line):
+            end()
+            labels.clear()
+            blocks = found[match[1]] = []
+            places, new_places = [], True
+    end()
+    return found
+
+
+def successors(block: Block, by_label: dict[str, int], next_block: int | None) -> list[int]:
+    """Returns the blocks that may follow. The branch of a warp whose threads have diverged is left out."""
+    last = block.instructions[-1]
+    jumps = last.name in ("BRA", "BRX", "JMP")
+    ends = jumps or last.name in ("EXIT", "RET")
+    conditional = bool(last.predicate) or (jumps and bool(PREDICATE.match(last.operands)))
+    if jumps and last.has("DIV"):
+        return [] if next_block is None else [next_block]
+    found = [by_label[label] for label in last.targets if label in by_label] if jumps else []
+    if next_block is not None and (conditional or not ends):
+        found.append(next_block)
+    return found
+
+
+def flow_graph(blocks: list[Block]) -> nx.DiGraph:
+    """Returns the graph of the blocks that can be reached from the first."""
+    by_label = {label: block.number for block in blocks for label in block.labels}
+    graph = nx.DiGraph()
+    graph.add_node(0)
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        for successor in successors(block, by_label, following and following.number):
+            graph.add_edge(block.number, successor)
+    return graph.subgraph({0} | nx.descendants(graph, 0)).copy()
