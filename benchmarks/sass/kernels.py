@@ -32,11 +32,12 @@ GATE_RARE = {
     r"^gate_tile: : choose_sorted<Key64": 0.0,  # with noise
     r"^gate_tile: .*\bz\);": 0.0,  # the losses with noise
     r"^fetch: .*row\[index": 0.0,  # rows that are not aligned
+    r"^is_valid: return": 0.0,  # with a mask
     r"^flush:": 1 / 8,
 }
 GRADIENT_RARE = {
     r"^add_noise:|^gumbel:": 0.0,
-    r"^has_gradient:|: if \(blank\)": 0.0,  # with a mask
+    r"^is_valid: return|^has_gradient:|: if \(blank\)": 0.0,  # with a mask
     r"^differentiate: layout\.load": 0.0,  # with noise
     r"^fetch: .*row\[index": 0.0,
     r"^store: .*row\[index": 0.0,
@@ -54,7 +55,8 @@ def gate(dtype: str, e: int, k: int) -> Row:
         tokens=32 / width,
         moved=e * size + k * 8,
         trips={r"^pop_sorted:": k},
-        rare=GATE_RARE,
+        # A thread of a narrow row has registers for two ranks, of which it computes one.
+        rare=GATE_RARE | {r"^choose_sorted: (v\[i\]|out\.)": k / 16 if width < 16 else 1.0},
         shared=(256 * 8 + 8) * 8 + (e + 1) * 4,
     )
 
@@ -69,7 +71,7 @@ def gate_backward(dtype: str, e: int, k: int) -> Row:
         kernel=rf"^gate_backward_tokens<{element}, WarpLayout<float, {width}, 8, \d>, true>",
         tokens=32 / width,
         moved=2 * e * size + k * 8,
-        trips={r"^through_(gates|weights): for|^grad_weight:": k},
+        trips={r"^through_(gates|weights):": k},
         rare=GRADIENT_RARE,
     )
 

@@ -1,8 +1,22 @@
-"""Natural loops of a flow graph."""
+"""Natural loops of a flow graph, and how often the compiler unrolled them."""
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import networkx as nx
+
+from .listing import Block
+
+REGISTER = re.compile(r"\bU?R\d+\b")
+STEP = re.compile(r"(U?R\d+), (?:P\w+, )?\1(?:\.reuse)?, (-?0x[0-9a-f]+)\b")
+
+
+def dominates(dominator: Mapping[int, int | None], a: int, b: int) -> bool:
+    """Returns whether every path to block b goes through block a, from each block's immediate dominator."""
+    while b != a and dominator.get(b) not in (None, b):
+        b = dominator[b]
+    return a == b
 
 
 class Loop(NamedTuple):
@@ -16,15 +30,9 @@ class Loop(NamedTuple):
 def natural_loops(graph: nx.DiGraph) -> list[Loop]:
     """Returns the loops, outer ones first. Back edges to the same header make one loop."""
     dominator = nx.immediate_dominators(graph, 0)
-
-    def dominates(a: int, b: int) -> bool:
-        while b != a and dominator.get(b) not in (None, b):
-            b = dominator[b]
-        return a == b
-
     bodies: dict[int, set[int]] = {}
     for tail, header in graph.edges:
-        if dominates(header, tail):
+        if dominates(dominator, header, tail):
             inside = graph.subgraph(set(graph) - {header})
             before = nx.ancestors(inside, tail) | {tail} if tail != header else set()
             bodies.setdefault(header, {header}).update(before)
@@ -32,3 +40,30 @@ def natural_loops(graph: nx.DiGraph) -> list[Loop]:
         Loop(header, frozenset(body), sum(header in other for other in bodies.values())) for header, body in bodies.items()
     ]
     return sorted(found, key=lambda loop: (loop.depth, loop.header))
+
+
+def tails(graph: nx.DiGraph, loop: Loop) -> list[int]:
+    """Returns the blocks that jump back to a loop's first."""
+    return [block for block in graph.predecessors(loop.header) if block in loop.blocks]
+
+
+def step(graph: nx.DiGraph, blocks: Sequence[Block], loop: Loop) -> int:
+    """Returns what an iteration adds to the loop's counter: where the source adds 1, how often the loop was unrolled.
+
+    The counter is a register that the loop increases by a constant and that is compared before the jump back.
+    """
+    compared = {
+        register
+        for tail in tails(graph, loop)
+        for instruction in blocks[tail].instructions
+        if instruction.name in ("ISETP", "UISETP")
+        for register in REGISTER.findall(instruction.operands)
+    }
+    steps = [1]
+    for block in loop.blocks:
+        for instruction in blocks[block].instructions:
+            match = STEP.match(instruction.operands)
+            if match and match[1] in compared and instruction.name in ("IADD3", "VIADD", "UIADD3", "UVIADD", "IADD"):
+                value = int(match[2], 16)
+                steps.append(min(abs(value), 2**32 - value))
+    return max(steps)

@@ -16,7 +16,7 @@ from tables import markdown_table
 from .build import compile_unit, find_disassembler, find_nvcc, kernels
 from .kernels import ROWS, Row
 from .machine import WARPS, Prediction, predict, resident_warps
-from .weights import Body, body_of, place_in_words
+from .weights import Body, body_of, words
 
 ROOT = Path(__file__).parents[2]
 HEAD = ["kernel", "slots", "ALU cycles", "busiest pipe", "registers", "spilled bytes", "warps", "ns / 1000 tokens", "bound", "share"]
@@ -86,7 +86,7 @@ def listing(count: Count) -> str:
         lines.append(f"block {block.number}: {weight:g} x {len(block.instructions)} instructions {reason}")
         previous = ""
         for i in block.instructions:
-            place = place_in_words(i)
+            place = words(i)
             text = f"{i.predicate:5}{i.opcode} {i.operands}"
             lines.append(f"    {i.address:6x} {text:60.60} {'' if place == previous else place}")
             previous = place

@@ -3,13 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import median
+from math import prod
 from typing import NamedTuple
 
 import networkx as nx
 
 from .listing import Block, Instruction, flow_graph
-from .loops import Loop, natural_loops
+from .loops import Loop, dominates, natural_loops, step, tails
 from .machine import cycles_of
 from .sources import described
 
@@ -61,16 +61,12 @@ def share_of(instructions: Sequence[Instruction], rare: Mapping[str, float]) -> 
     """Returns how often a conditional block is executed, by the lines of most of its instructions, and the reason."""
     if any(i.name == "CALL" and SUBROUTINE in i.operands for i in instructions):
         return 0.0, "subroutine"
-    found = {pattern: min((rare[p], p) for p in rare if p == pattern) for pattern in rare}
     shares = []
     for instruction in instructions:
         if instruction.places:
-            hits = [p for p in rare if any(re.search(p, described(place)) for place in instruction.places)]
-            shares.append(min((found[p] for p in hits), default=(1.0, "")))
-    if not shares:
-        return 1.0, ""
-    middle = median(share for share, _ in shares)
-    return next(((s, p) for s, p in sorted(shares) if s == middle), (1.0, ""))
+            hits = [(rare[p], p) for p in rare if any(re.search(p, described(place)) for place in instruction.places)]
+            shares.append(min(hits, default=(1.0, "")))
+    return sorted(shares)[len(shares) // 2] if shares else (1.0, "")
 
 
 def token_loop(loops: Sequence[Loop], blocks: Sequence[Block], depth: int | None) -> Loop | None:
@@ -105,43 +101,57 @@ def body_of(
     if outer is None:
         return None
     dominator = nx.immediate_dominators(graph, 0)
-    warnings, counts = [], {}
     inner = [loop for loop in loops if loop.blocks < outer.blocks]
-    for loop in inner:
-        instructions = [i for b in sorted(loop.blocks) for i in blocks[b].instructions]
-        found = Counter(matched(i, trips) for i in instructions)
-        pattern = found.most_common(1)[0][0]
-        counts[loop.header] = 1.0 if pattern is None else trips[pattern]
-        if pattern is None:
-            warnings.append(f"the loop at {instructions[0].address:#x} has no trip count: {place_in_words(instructions[0])}")
+    patterns = {loop.header: majority([i for b in loop.blocks for i in blocks[b].instructions], trips) for loop in inner}
+    unrolled = {loop.header: step(graph, blocks, loop) for loop in inner}
+    after = nx.restricted_view(graph, [], [(tail, outer.header) for tail in tails(graph, outer)])
+
+    def rest(number: int, pattern: str | None, itself: int | None = None) -> bool:
+        """Returns whether a block comes after an unrolled loop of that pattern, which leaves no iterations to it."""
+        return pattern is not None and any(
+            patterns[loop.header] == pattern
+            and unrolled[loop.header] > 1
+            and trips[pattern] % unrolled[loop.header] == 0
+            and loop.header != itself
+            and number not in loop.blocks
+            and nx.has_path(after, loop.header, number)
+            for loop in inner
+        )
+
+    counts = {}
+    for header, pattern in patterns.items():
+        counts[header] = 1.0 if pattern is None else 0.0 if rest(header, pattern, header) else trips[pattern] / unrolled[header]
     weighted = []
     for number in sorted(outer.blocks):
+        instructions = blocks[number].instructions
         around = [loop for loop in inner if number in loop.blocks]
-        times = 1.0
-        for loop in around:
-            times *= counts[loop.header]
+        times = prod(counts[loop.header] for loop in around)
         share, reason = 1.0, f"{times:g} trips" if around else ""
-        # A loop that is not on every path lends that to its blocks.
-        if any(is_conditional(graph, dominator, loop, number) for loop in [outer, *around]):
-            share, why = share_of(blocks[number].instructions, rare)
+        # A block is left out by some iterations if one of the loops around it can leave it out.
+        if not all(dominates(dominator, number, tail) for loop in around[-1:] or [outer] for tail in tails(graph, loop)) or any(
+            not all(dominates(dominator, loop.header, tail) for tail in tails(graph, outer)) for loop in around[:1]
+        ):
+            share, why = share_of(instructions, rare)
+            if not around and rest(number, majority(instructions, trips)):
+                share, why = 0.0, "rest of an unrolled loop"
             reason = why or reason
         weighted.append(Weighted(blocks[number], times * share, reason))
-    unknown = [w for w in warnings if not any(x.weight == 0 and f"{x.block.instructions[0].address:#x} " in w for x in weighted)]
-    return Body(weighted, unknown)
+    executed = {w.block.number for w in weighted if w.weight}
+    warnings = [
+        f"the loop at {blocks[header].instructions[0].address:#x} has no trip count: {words(blocks[header].instructions[-1])}"
+        for header, pattern in patterns.items()
+        if pattern is None and header in executed
+    ]
+    return Body(weighted, warnings)
 
 
-def is_conditional(graph: nx.DiGraph, dominator: Mapping[int, int], loop: Loop, number: int) -> bool:
-    """Returns whether an iteration of the loop can leave the block out."""
-    tails = [tail for tail in graph.predecessors(loop.header) if tail in loop.blocks]
-
-    def dominates(block: int) -> bool:
-        while block != number and dominator.get(block) not in (None, block):
-            block = dominator[block]
-        return block == number
-
-    return not all(dominates(tail) for tail in tails)
+def majority(instructions: Sequence[Instruction], patterns: Mapping[str, float]) -> str | None:
+    """Returns the pattern that most of the instructions with a source line match, or None."""
+    found = Counter(matched(i, patterns) for i in instructions if i.places)
+    pattern, count = found.most_common(1)[0] if found else (None, 0)
+    return pattern if 2 * count > found.total() else None
 
 
-def place_in_words(instruction: Instruction) -> str:
+def words(instruction: Instruction) -> str:
     """Returns the source line of an instruction."""
     return described(instruction.places[0]) if instruction.places else "no source line"
