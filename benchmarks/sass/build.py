@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ptxas_spills import Function
 from ptxas_spills import functions as reported
 
 from .listing import Block, functions
+from .sources import places_of
 
 CACHE = Path(__file__).parents[2] / "build" / "sass"
 
@@ -64,7 +66,9 @@ def compile_unit(nvcc: str, root: Path, unit: str, arch: str) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         for old in CACHE.glob(f"{Path(unit).stem}-{arch}-*"):
             old.unlink()
-        done = run([nvcc, *flags, "-o", str(cubin), str(root / unit)])
+        with tempfile.TemporaryDirectory(dir=CACHE) as kept:
+            done = run([nvcc, *flags, "--keep", f"--keep-dir={kept}", "-o", str(cubin), str(root / unit)])
+            Path(kept, Path(unit).stem + ".ptx").replace(cubin.with_suffix(".ptx"))
         cubin.with_suffix(".log").write_text(done.stderr)
     return cubin
 
@@ -79,6 +83,7 @@ def kernels(cubin: Path, disassembler: str, wanted: Callable[[str], bool]) -> li
     if not found:
         return []
     chosen = ",".join(index[name] for name, _ in found)
-    listing = run([disassembler, "-c", "-gi", "-fun", chosen, str(cubin)]).stdout
-    blocks = functions(listing.splitlines())
+    listing = run([disassembler, "-c", "-gp", "-fun", chosen, str(cubin)]).stdout
+    with cubin.with_suffix(".ptx").open() as ptx:
+        blocks = functions(listing.splitlines(), places_of(ptx))
     return [Kernel(f, blocks[name]) for name, f in found]

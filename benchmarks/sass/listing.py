@@ -1,35 +1,31 @@
-"""Reads what ``nvdisasm -c -gi`` prints: instructions with the source lines that they come from, and basic blocks."""
+"""Reads what ``nvdisasm -c -gp`` prints: instructions with the source lines that they come from, and basic blocks."""
 
 import re
-from collections.abc import Iterable
-from functools import cache
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import networkx as nx
 
+from .sources import Places
+
 START = re.compile(r"\.text\.(\S+):$")
 LABEL = re.compile(r"(\.L_\w+):")
-PLACE = re.compile(r'File "([^"]+)", line (\d+)')
+PTX_LINE = re.compile(r'//## File "\.nv_debug_ptx_txt", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:(@!?U?P\w+)\s+)?([\w.]+)\s*(.*?)\s*;")
 TARGET = re.compile(r"`\((\.L_\w+)\)|\"(\.L_\w+)\"")
+JUMPS, ENDS = ("BRA", "BRX", "JMP"), ("EXIT", "RET")
 PREDICATE = re.compile(r"!?U?P[0-6]\b")
 
 
-class Place(NamedTuple):
-    """A line of a source file."""
-
-    file: str
-    line: int
-
-
 class Instruction(NamedTuple):
-    """An instruction; ``places`` are its line and the lines of the calls into which that was inlined, innermost first."""
+    """An instruction, and where in the source it comes from."""
 
     address: int
     predicate: str
     opcode: str
     operands: str
-    places: tuple[Place, ...]
+    places: Places
 
     @property
     def name(self) -> str:
@@ -54,21 +50,17 @@ class Block(NamedTuple):
     instructions: tuple[Instruction, ...]
 
 
-@cache
-def place_of(line: str) -> Place | None:
-    """Returns the place that a comment of nvdisasm tells."""
-    match = PLACE.search(line)
-    return Place(match[1], int(match[2])) if match else None
+def functions(lines: Iterable[str], places: Mapping[int, Places]) -> dict[str, list[Block]]:
+    """Returns the basic blocks of each function by its mangled name. Subroutines of the compiler are part of their caller.
 
-
-def functions(lines: Iterable[str]) -> dict[str, list[Block]]:
-    """Returns the basic blocks of each function by its mangled name. Subroutines of the compiler are part of their caller."""
+    ``places`` are those of the PTX file's lines, each up to the next one.
+    """
     found: dict[str, list[Block]] = {}
     blocks: list[Block] = []
     labels: list[str] = []
     instructions: list[Instruction] = []
-    places: list[Place] = []
-    new_places = True  # whether the next comment starts a new list of places
+    starts = sorted(places)
+    here: Places = ()
 
     def end() -> None:
         if instructions:
@@ -77,16 +69,13 @@ def functions(lines: Iterable[str]) -> dict[str, list[Block]]:
             instructions.clear()
 
     for line in lines:
-        if "//##" in line:
-            if new_places:
-                places, new_places = [], False
-            if place := place_of(line):
-                places.append(place)
+        if match := PTX_LINE.search(line):
+            before = bisect_right(starts, int(match[1]))
+            here = places[starts[before - 1]] if before else ()
         elif match := INSTRUCTION.match(line):
-            new_places = True
             address, predicate, opcode, operands = match.groups()
-            instructions.append(Instruction(int(address, 16), predicate or "", opcode, operands, tuple(places)))
-            if instructions[-1].name in ("BRA", "BRX", "JMP", "EXIT", "RET"):
+            instructions.append(Instruction(int(address, 16), predicate or "", opcode, operands, here))
+            if instructions[-1].name in JUMPS + ENDS:
                 end()
         elif match := LABEL.match(line):
             end()
@@ -95,7 +84,7 @@ def functions(lines: Iterable[str]) -> dict[str, list[Block]]:
             end()
             labels.clear()
             blocks = found[match[1]] = []
-            places, new_places = [], True
+            here = ()
     end()
     return found
 
@@ -103,8 +92,8 @@ def functions(lines: Iterable[str]) -> dict[str, list[Block]]:
 def successors(block: Block, by_label: dict[str, int], next_block: int | None) -> list[int]:
     """Returns the blocks that may follow. The branch of a warp whose threads have diverged is left out."""
     last = block.instructions[-1]
-    jumps = last.name in ("BRA", "BRX", "JMP")
-    ends = jumps or last.name in ("EXIT", "RET")
+    jumps = last.name in JUMPS
+    ends = jumps or last.name in ENDS
     conditional = bool(last.predicate) or (jumps and bool(PREDICATE.match(last.operands)))
     if jumps and last.has("DIV"):
         return [] if next_block is None else [next_block]

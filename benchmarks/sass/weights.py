@@ -1,6 +1,5 @@
 """How often each block of a token loop is executed, and what an iteration costs."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -11,7 +10,7 @@ import networkx as nx
 from .listing import Block, Instruction, flow_graph
 from .loops import Loop, dominates, natural_loops, step, tails
 from .machine import cycles_of
-from .sources import described
+from .sources import described, matched
 
 SUBROUTINE = "$__internal_"  # what the compiler calls for operands such as denormals
 # A loop that has so much of the loop around it is what that one is there for: the tokens of a tile.
@@ -48,15 +47,6 @@ class Body(NamedTuple):
         return dict(total)
 
 
-def matched(instruction: Instruction, patterns: Mapping[str, float]) -> str | None:
-    """Returns the first pattern that one of the instruction's lines matches, innermost lines first."""
-    for place in instruction.places:
-        for pattern in patterns:
-            if re.search(pattern, described(place)):
-                return pattern
-    return None
-
-
 def share_of(instructions: Sequence[Instruction], rare: Mapping[str, float]) -> tuple[float, str]:
     """Returns how often a conditional block is executed, by the lines of most of its instructions, and the reason."""
     if any(i.name == "CALL" and SUBROUTINE in i.operands for i in instructions):
@@ -64,8 +54,7 @@ def share_of(instructions: Sequence[Instruction], rare: Mapping[str, float]) -> 
     shares = []
     for instruction in instructions:
         if instruction.places:
-            hits = [(rare[p], p) for p in rare if any(re.search(p, described(place)) for place in instruction.places)]
-            shares.append(min(hits, default=(1.0, "")))
+            shares.append(min(((rare[p], p) for p in matched(instruction.places, rare)), default=(1.0, "")))
     return sorted(shares)[len(shares) // 2] if shares else (1.0, "")
 
 
@@ -107,12 +96,11 @@ def body_of(
     after = nx.restricted_view(graph, [], [(tail, outer.header) for tail in tails(graph, outer)])
 
     def rest(number: int, pattern: str | None, itself: int | None = None) -> bool:
-        """Returns whether a block comes after an unrolled loop of that pattern, which leaves no iterations to it."""
+        """Returns whether a block comes after a loop of that pattern that was unrolled more, and leaves no iterations to it."""
         return pattern is not None and any(
             patterns[loop.header] == pattern
-            and unrolled[loop.header] > 1
+            and unrolled[loop.header] > unrolled.get(itself, 1)
             and trips[pattern] % unrolled[loop.header] == 0
-            and loop.header != itself
             and number not in loop.blocks
             and nx.has_path(after, loop.header, number)
             for loop in inner
@@ -147,7 +135,7 @@ def body_of(
 
 def majority(instructions: Sequence[Instruction], patterns: Mapping[str, float]) -> str | None:
     """Returns the pattern that most of the instructions with a source line match, or None."""
-    found = Counter(matched(i, patterns) for i in instructions if i.places)
+    found = Counter(next(iter(matched(i.places, patterns)), None) for i in instructions if i.places)
     pattern, count = found.most_common(1)[0] if found else (None, 0)
     return pattern if 2 * count > found.total() else None
 
