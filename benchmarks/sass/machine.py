@@ -20,16 +20,15 @@ WARP = 32
 # 128 float additions, 64 integer and logic operations, 64 in double, 16 of transcendental functions and of conversions from and
 # to 64 bits, 32 of shuffles, 16 of warp reductions). Loads and stores: one path of 128 bytes a cycle for four schedulers.
 CYCLES = {"fma": 1.0, "imad": 2.0, "alu": 2.0, "fp64": 2.0, "xu": 8.0, "lsu": 4.0, "uniform": 2.0, "branch": 2.0}
-FMA = "FADD FMUL FFMA HADD2 HMUL2 HFMA2 FSWZADD".split()
-FP64 = "DADD DMUL DFMA DSETP DMNMX".split()
-XU = "MUFU F2F F2I I2F FRND POPC FLO BREV".split()
-LSU = (
-    "LD LDG LDS LDL LDC LDSM ST STG STS STL ATOM ATOMS ATOMG RED REDG SHFL REDUX MATCH LDGSTS LDGDEPBAR MEMBAR ERRBAR CCTL "
-    "UTMALDG SYNCS STAS"
-).split()
-BRANCH = (
-    "BRA BRX JMP CALL RET EXIT BSSY BSYNC BREAK WARPSYNC YIELD NANOSLEEP BAR NOP DEPBAR BPT KILL ENDCOLLECTIVE B2R BMOV RPCMOV"
-).split()
+FMA = ["FADD", "FMUL", "FFMA", "HADD2", "HMUL2", "HFMA2", "FSWZADD"]
+FP64 = ["DADD", "DMUL", "DFMA", "DSETP", "DMNMX"]
+XU = ["MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"]
+# fmt: off
+LSU = ["LD", "LDG", "LDS", "LDL", "LDC", "LDSM", "ST", "STG", "STS", "STL", "ATOM", "ATOMS", "ATOMG", "RED", "REDG", "SHFL",
+       "REDUX", "MATCH", "LDGSTS", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL", "UTMALDG", "SYNCS", "STAS"]
+BRANCH = ["BRA", "BRX", "JMP", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "YIELD", "NANOSLEEP", "BAR", "NOP",
+          "DEPBAR", "BPT", "KILL", "ENDCOLLECTIVE", "B2R", "BMOV", "RPCMOV"]
+# fmt: on
 PIPE_OF = {
     **dict.fromkeys(FMA, "fma"),
     **dict.fromkeys(FP64, "fp64"),
@@ -57,7 +56,7 @@ def cycles_of(instruction: Instruction) -> dict[str, float]:
 
 
 def resident_warps(registers: int, threads: int, shared: int) -> int:
-    """Returns the warps of a multiprocessor, from a kernel's registers and the threads and bytes of shared memory of a block."""
+    """Returns the warps of a multiprocessor, from registers, threads of a block and bytes of its shared memory."""
     warps = -(-threads // WARP)
     of_warp = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
     by_registers = floor(REGISTERS / max(of_warp, 1)) // warps

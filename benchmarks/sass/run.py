@@ -1,7 +1,7 @@
 """Counts the instructions of the kernels' token loops and predicts their time on an H100; nothing is run on a GPU.
 
-    python -m benchmarks.sass [--only gate] [--unit csrc/cuda/gate.cu] [--root CHECKOUT] [--arch sm_90]
-    python -m benchmarks.sass --only "gate, e=64" --listing bfloat16     # the token loops of the rows with that in their names
+python -m benchmarks.sass [--only gate] [--unit csrc/cuda/gate.cu] [--root CHECKOUT] [--arch sm_90]
+python -m benchmarks.sass --only "gate, e=64" --listing bfloat16     # the token loops of the rows with that in their names
 """
 
 import argparse
@@ -19,7 +19,18 @@ from .machine import WARPS, Prediction, predict, resident_warps
 from .weights import Body, body_of, words
 
 ROOT = Path(__file__).parents[2]
-HEAD = ["kernel", "slots", "ALU cycles", "busiest pipe", "registers", "spilled bytes", "warps", "ns / 1000 tokens", "bound", "share"]
+HEAD = [
+    "kernel",
+    "slots",
+    "ALU cycles",
+    "busiest pipe",
+    "registers",
+    "spilled bytes",
+    "warps",
+    "ns / 1000 tokens",
+    "bound",
+    "share",
+]
 
 
 class Count(NamedTuple):

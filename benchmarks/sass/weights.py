@@ -13,8 +13,10 @@ from .machine import cycles_of
 from .sources import described, matched
 
 SUBROUTINE = "$__internal_"  # what the compiler calls for operands such as denormals
+OF_A_CALL = 12  # instructions of a call with its arguments and result, at most
 # A loop that has so much of the loop around it is what that one is there for: the tokens of a tile.
 MOST = 0.5
+END = -1  # stands for the end of an iteration
 
 
 class Weighted(NamedTuple):
@@ -49,7 +51,7 @@ class Body(NamedTuple):
 
 def share_of(instructions: Sequence[Instruction], rare: Mapping[str, float]) -> tuple[float, str]:
     """Returns how often a conditional block is executed, by the lines of most of its instructions, and the reason."""
-    if any(i.name == "CALL" and SUBROUTINE in i.operands for i in instructions):
+    if len(instructions) <= OF_A_CALL and any(i.name == "CALL" and SUBROUTINE in i.operands for i in instructions):
         return 0.0, "subroutine"
     shares = []
     for instruction in instructions:
@@ -76,58 +78,109 @@ def token_loop(loops: Sequence[Loop], blocks: Sequence[Block], depth: int | None
     return found
 
 
+class Weights:
+    """How often an iteration of a token loop executes its blocks.
+
+    ``trips`` has the iterations of inner loops and ``rare`` the share of the iterations that execute conditional blocks, both
+    by patterns of ``function: text`` of source lines.
+    """
+
+    def __init__(
+        self,
+        graph: nx.DiGraph,
+        blocks: Sequence[Block],
+        outer: Loop,
+        inner: Sequence[Loop],
+        trips: Mapping[str, float],
+        rare: Mapping[str, float],
+    ) -> None:
+        self.blocks, self.header, self.inner, self.trips, self.rare = blocks, outer.header, inner, trips, rare
+        self.iteration = graph.subgraph(outer.blocks).copy()
+        self.iteration.remove_edges_from([(tail, outer.header) for tail in tails(graph, outer)])
+        self.dominator = nx.immediate_dominators(self.iteration, outer.header)
+        to_end = self.iteration.reverse()
+        to_end.add_edges_from((END, tail) for tail in tails(graph, outer))
+        self.post_dominator = nx.immediate_dominators(to_end, END)
+        self.patterns = {
+            loop.header: majority([i for b in loop.blocks for i in blocks[b].instructions], trips) for loop in inner
+        }
+        self.unrolled = {loop.header: step(graph, blocks, loop) for loop in inner}
+        self.shares: dict[int, tuple[float, str]] = {}
+
+    def around(self, number: int) -> list[Loop]:
+        """Returns the inner loops that a block is in, outer ones first."""
+        return [loop for loop in self.inner if number in loop.blocks]
+
+    def count(self, loop: Loop) -> float:
+        """Returns the iterations of an inner loop, as it was unrolled."""
+        pattern = self.patterns[loop.header]
+        if pattern is None:
+            return 1.0
+        return 0.0 if self.is_rest(loop.header, pattern) else self.trips[pattern] / self.unrolled[loop.header]
+
+    def is_rest(self, number: int, pattern: str | None) -> bool:
+        """Returns whether a block comes after a loop of that pattern that was unrolled more, and leaves no iterations to it."""
+        return any(
+            self.patterns[loop.header] == pattern is not None
+            and self.unrolled[loop.header] > self.unrolled.get(number, 1)
+            and self.trips[pattern] % self.unrolled[loop.header] == 0
+            and number not in loop.blocks
+            and nx.has_path(self.iteration, loop.header, number)
+            for loop in self.inner
+        )
+
+    def share(self, number: int) -> tuple[float, str]:
+        """Returns the share of the iterations that execute a block, and the reason.
+
+        That is the share of the block's dominator where no path from there to the end avoids the block, and no more elsewhere.
+        """
+        if number not in self.shares:
+            root = self.root(number)
+            if root == self.header:
+                self.shares[number] = 1.0, ""
+            elif root == number:
+                self.shares[number] = min(self.share(self.dominator[root]), self.own_share(root), key=lambda share: share[0])
+            else:
+                self.shares[number] = self.share(root)
+        return self.shares[number]
+
+    def root(self, number: int) -> int:
+        """Returns the first of the blocks that are executed as often as this one, but for the trips of loops."""
+        while number != self.header and dominates(self.post_dominator, number, self.dominator[number]):
+            number = self.dominator[number]
+        return number
+
+    def own_share(self, root: int) -> tuple[float, str]:
+        """Returns the share of conditional blocks by the source lines of all that are executed as often."""
+        equal = [number for number in self.iteration if self.root(number) == root]
+        instructions = [i for number in equal for i in self.blocks[number].instructions]
+        if not self.around(root) and self.is_rest(root, majority(instructions, self.trips)):
+            return 0.0, "rest of an unrolled loop"
+        return share_of(instructions, self.rare)
+
+    def weighted(self, number: int) -> Weighted:
+        """Returns a block with its weight."""
+        times = prod(self.count(loop) for loop in self.around(number))
+        share, reason = self.share(number)
+        return Weighted(self.blocks[number], times * share, reason or (f"{times:g} trips" if times != 1 else ""))
+
+
 def body_of(
     blocks: Sequence[Block], trips: Mapping[str, float], rare: Mapping[str, float], depth: int | None = None
 ) -> Body | None:
-    """Returns the token loop, or None where the kernel has no loop.
-
-    ``trips`` has the iterations of inner loops and ``rare`` the share of the iterations in which conditional blocks are
-    executed, both by patterns of ``function: text`` of source lines.
-    """
+    """Returns the token loop, or None where the kernel has no loop."""
     graph = flow_graph(list(blocks))
     loops = natural_loops(graph)
     outer = token_loop(loops, blocks, depth)
     if outer is None:
         return None
-    dominator = nx.immediate_dominators(graph, 0)
     inner = [loop for loop in loops if loop.blocks < outer.blocks]
-    patterns = {loop.header: majority([i for b in loop.blocks for i in blocks[b].instructions], trips) for loop in inner}
-    unrolled = {loop.header: step(graph, blocks, loop) for loop in inner}
-    after = nx.restricted_view(graph, [], [(tail, outer.header) for tail in tails(graph, outer)])
-
-    def rest(number: int, pattern: str | None, itself: int | None = None) -> bool:
-        """Returns whether a block comes after a loop of that pattern that was unrolled more, and leaves no iterations to it."""
-        return pattern is not None and any(
-            patterns[loop.header] == pattern
-            and unrolled[loop.header] > unrolled.get(itself, 1)
-            and trips[pattern] % unrolled[loop.header] == 0
-            and number not in loop.blocks
-            and nx.has_path(after, loop.header, number)
-            for loop in inner
-        )
-
-    counts = {}
-    for header, pattern in patterns.items():
-        counts[header] = 1.0 if pattern is None else 0.0 if rest(header, pattern, header) else trips[pattern] / unrolled[header]
-    weighted = []
-    for number in sorted(outer.blocks):
-        instructions = blocks[number].instructions
-        around = [loop for loop in inner if number in loop.blocks]
-        times = prod(counts[loop.header] for loop in around)
-        share, reason = 1.0, f"{times:g} trips" if around else ""
-        # A block is left out by some iterations if one of the loops around it can leave it out.
-        if not all(dominates(dominator, number, tail) for loop in around[-1:] or [outer] for tail in tails(graph, loop)) or any(
-            not all(dominates(dominator, loop.header, tail) for tail in tails(graph, outer)) for loop in around[:1]
-        ):
-            share, why = share_of(instructions, rare)
-            if not around and rest(number, majority(instructions, trips)):
-                share, why = 0.0, "rest of an unrolled loop"
-            reason = why or reason
-        weighted.append(Weighted(blocks[number], times * share, reason))
+    weights = Weights(graph, blocks, outer, inner, trips, rare)
+    weighted = [weights.weighted(number) for number in sorted(outer.blocks)]
     executed = {w.block.number for w in weighted if w.weight}
     warnings = [
         f"the loop at {blocks[header].instructions[0].address:#x} has no trip count: {words(blocks[header].instructions[-1])}"
-        for header, pattern in patterns.items()
+        for header, pattern in weights.patterns.items()
         if pattern is None and header in executed
     ]
     return Body(weighted, warnings)
