@@ -99,7 +99,7 @@ def listing(count: Count) -> str:
         for i in block.instructions:
             place = words(i)
             text = f"{i.predicate:5}{i.opcode} {i.operands}"
-            lines.append(f"    {i.address:6x} {text:60.60} {'' if place == previous else place}")
+            lines.append(f"    {i.address:6x} {text:60.60} {'' if place == previous else place.partition(' after ')[0]}")
             previous = place
     total = ", ".join(f"{pipe} {cycles:.0f}" for pipe, cycles in sorted(count.cycles.items(), key=lambda item: -item[1]))
     lines.append(f"a token: {count.slots:.1f} issue slots; cycles of its pipes: {total}")

@@ -87,9 +87,10 @@ def lines_of(file: str) -> list[str]:
 
 @cache
 def described(place: Place) -> str:
-    """Returns ``function: text`` of a line, which the patterns of kernels.py are compared with."""
+    """Returns ``function: text after the text of the line before``, which the patterns of kernels.py are compared with."""
     lines = lines_of(place.file)
-    return f"{place.function}: {lines[place.line].strip() if place.line < len(lines) else ''}"
+    text, before = (lines[n].strip() if 0 <= n < len(lines) else "" for n in (place.line, place.line - 1))
+    return f"{place.function}: {text} after {before}"
 
 
 def matched(places: Places, patterns: Mapping[str, float]) -> list[str]:
