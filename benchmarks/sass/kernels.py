@@ -24,6 +24,7 @@ class Row:
     threads: int = 256  # of a block
     shared: int = 0  # bytes of dynamic shared memory of a block
     depth: int | None = None  # of the token loop; None: the tool finds it
+    loops: str | None = None  # pattern of the lines of the token loops, where there are several
 
 
 # Code that the rows' calls do not execute, or not for each token.
@@ -75,7 +76,97 @@ def gate_backward(dtype: str, e: int, k: int) -> Row:
     )
 
 
+# Of benchmarks/shapes.py: slots for 1.25 times the tokens, so that a token has so many rows of the experts.
+ROWS_PER_TOKEN = 1.25
+PART = 4 * 32 * 16  # bytes of a row that a warp reads at once
+
+
+def assign(e: int, k: int) -> Row:
+    """Returns the row of the loops over the pairs; the scans and barriers between them do not depend on tokens."""
+    pairs = 4 * 32  # of an iteration
+    return Row(
+        name=f"assign, e={e}, k={k}",
+        unit="csrc/cuda/assign.cu",
+        kernel=r"^assign_pairs<float, \(Slots\)0>",
+        tokens=pairs / k,
+        moved=k * 5 * 4 + ROWS_PER_TOKEN * 4,
+        rare={r": return a\.token_mask == nullptr": 0.0},
+        threads=512,
+        shared=140 << 10,
+        loops=r"^(count|give_slots):",
+    )
+
+
+def dense(dtype: str, e: int, k: int, tokens: int) -> Row:
+    """Returns the row of the dense form of groups of so many tokens: a chunk of both outputs is an iteration."""
+    element, size = DTYPES[dtype]
+    chunks = e * (ROWS_PER_TOKEN * tokens / e) * size / 512  # of a token, in each output
+    return Row(
+        name=f"dense, n={tokens}, e={e}, k={k}, {dtype}",
+        unit="csrc/cuda/dense.cu",
+        kernel=rf"^dense_chunks<{element}, {16 // size}>",
+        tokens=1 / chunks,
+        moved=2 * chunks * 512 + 12 * k,
+        trips={
+            r"^dense_chunks: while": 1 / chunks,
+            r"^dense_chunks: (for \(unsigned left|const|if \(place)": ROWS_PER_TOKEN / chunks,
+            r"^(find|dense_chunks):": 1,
+        },
+        rare={r"^find:": k / 32 / chunks, r"^store_part: .*out\[at \+ j\]": 0.0},
+        depth=2,
+    )
+
+
+def dispatch(dtype: str, d: int) -> Row:
+    """Returns the row of the copies of tokens' rows to the experts' buffers: four rows are an iteration."""
+    _, size = DTYPES[dtype]
+    return Row(
+        name=f"dispatch, d={d}, {dtype}",
+        unit="csrc/cuda/dispatch.cu",
+        kernel=r"^copy_rows<uint4>",
+        tokens=4 / ROWS_PER_TOKEN,
+        moved=(1 + ROWS_PER_TOKEN) * d * size + ROWS_PER_TOKEN * 12,
+        trips={r"^for_parts:": max(1, d * size / PART), r"^copy_rows:": 4},
+        depth=1,
+    )
+
+
+def combine(dtype: str, d: int, k: int, gradient_of_dispatch: bool = False) -> Row:
+    """Returns the row of the sums of experts' rows: four tokens are an iteration."""
+    element, size = DTYPES[dtype]
+    rows = 2 + ROWS_PER_TOKEN if gradient_of_dispatch else 1 + ROWS_PER_TOKEN
+    return Row(
+        name=f"{'dispatch_backward' if gradient_of_dispatch else 'combine'}, d={d}, k={k}, {dtype}",
+        unit="csrc/cuda/rows.cu",
+        kernel=rf"^sum_rows<{element}, {16 // size}, {str(gradient_of_dispatch).lower()}>",
+        tokens=4,
+        moved=rows * d * size + 12 * k,
+        trips={r"^add:": ROWS_PER_TOKEN, r"^for_parts:": max(1, d * size / PART), r"^sum_rows:": 4},
+        depth=1,
+    )
+
+
+def combine_backward(dtype: str, d: int, k: int) -> Row:
+    """Returns the row of its gradient: four rows of the experts are an iteration."""
+    element, size = DTYPES[dtype]
+    return Row(
+        name=f"combine_backward, d={d}, k={k}, {dtype}",
+        unit="csrc/cuda/combine.cu",
+        kernel=rf"^combine_backward_rows<{element}, {16 // size}>",
+        tokens=4 / ROWS_PER_TOKEN,
+        moved=(1 + 2 * ROWS_PER_TOKEN) * d * size + 12 * k,
+        trips={r"^for_parts:": max(1, d * size / PART), r"^combine_backward_rows:": 4},
+        depth=1,
+    )
+
+
 ROWS = [
     *(gate(dtype, e, 8) for dtype in DTYPES for e in (64, 128, 256)),
     *(gate_backward(dtype, e, 8) for dtype in DTYPES for e in (64, 256)),
+    assign(64, 8),
+    *(dense(dtype, 64, 8, 8192) for dtype in DTYPES),
+    *(dispatch("bfloat16", d) for d in (512, 4096)),
+    *(combine("bfloat16", d, 8) for d in (512, 4096)),
+    *(combine("bfloat16", d, 8, gradient_of_dispatch=True) for d in (512, 4096)),
+    *(combine_backward("bfloat16", d, 8) for d in (512, 4096)),
 ]

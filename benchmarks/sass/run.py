@@ -81,7 +81,7 @@ def count(rows: list[Row], root: Path, arch: str, nvcc: str, disassembler: str) 
             of_row = [kernel for kernel in compiled if re.search(row.kernel, kernel.report.name)]
             if len(of_row) != 1:
                 raise SystemExit(f"{row.name}: {len(of_row)} kernels match {row.kernel}")
-            body = body_of(of_row[0].blocks, row.trips, row.rare, row.depth)
+            body = body_of(of_row[0].blocks, row.trips, row.rare, row.depth, row.loops)
             if body is None:
                 raise SystemExit(f"{row.name}: {of_row[0].report.name} has no loop")
             slots = body.slots / row.tokens

@@ -60,21 +60,30 @@ def share_of(instructions: Sequence[Instruction], rare: Mapping[str, float]) -> 
     return sorted(shares)[len(shares) // 2] if shares else (1.0, "")
 
 
-def token_loop(loops: Sequence[Loop], blocks: Sequence[Block], depth: int | None) -> Loop | None:
+def size(loop: Loop, blocks: Sequence[Block]) -> int:
+    """Returns the number of a loop's instructions."""
+    return sum(len(blocks[b].instructions) for b in loop.blocks)
+
+
+def token_loop(loops: Sequence[Loop], blocks: Sequence[Block], depth: int | None = None) -> Loop | None:
     """Returns the loop over tokens: the largest of that depth, or else the largest, as far in as one has most of the other."""
-
-    def size(loop: Loop) -> int:
-        return sum(len(blocks[b].instructions) for b in loop.blocks)
-
-    if depth is not None:
-        return max((loop for loop in loops if loop.depth == depth), key=size, default=None)
-    found = max((loop for loop in loops if loop.depth == 1), key=size, default=None)
-    while found is not None:
+    found = max((loop for loop in loops if loop.depth == (depth or 1)), key=lambda loop: size(loop, blocks), default=None)
+    while found is not None and depth is None:
         inner = [loop for loop in loops if loop.depth == found.depth + 1 and loop.blocks < found.blocks]
-        largest = max(inner, key=size, default=None)
-        if largest is None or size(largest) <= MOST * size(found):
+        largest = max(inner, key=lambda loop: size(loop, blocks), default=None)
+        if largest is None or size(largest, blocks) <= MOST * size(found, blocks):
             break
         found = largest
+    return found
+
+
+def named_loops(loops: Sequence[Loop], blocks: Sequence[Block], pattern: str) -> list[Loop]:
+    """Returns the outermost loops of which most instructions come from source lines that match a pattern."""
+    found: list[Loop] = []
+    for loop in loops:  # outer ones first
+        instructions = [i for b in loop.blocks for i in blocks[b].instructions]
+        if majority(instructions, {pattern: 1.0}) and not any(loop.blocks < other.blocks for other in found):
+            found.append(loop)
     return found
 
 
@@ -106,6 +115,14 @@ class Weights:
         }
         self.unrolled = {loop.header: step(graph, blocks, loop) for loop in inner}
         self.shares: dict[int, tuple[float, str]] = {}
+
+    def pattern(self, loop: Loop) -> str | None:
+        """Returns the pattern of a loop's trips: the one that most of the instructions outside of its inner loops match."""
+        within = [other.blocks for other in self.inner if other.blocks < loop.blocks]
+        own = [i for b in loop.blocks.difference(*within) for i in self.blocks[b].instructions]
+        found = Counter(next(iter(matched(i.places, self.trips)), None) for i in own)
+        del found[None]
+        return found.most_common(1)[0][0] if found else None
 
     def around(self, number: int) -> list[Loop]:
         """Returns the inner loops that a block is in, outer ones first."""
@@ -166,24 +183,31 @@ class Weights:
 
 
 def body_of(
-    blocks: Sequence[Block], trips: Mapping[str, float], rare: Mapping[str, float], depth: int | None = None
+    blocks: Sequence[Block],
+    trips: Mapping[str, float],
+    rare: Mapping[str, float],
+    depth: int | None = None,
+    named: str | None = None,
 ) -> Body | None:
-    """Returns the token loop, or None where the kernel has no loop."""
+    """Returns the token loop, or the loops of which most lines match ``named``; None where there is none."""
     graph = flow_graph(list(blocks))
     loops = natural_loops(graph)
-    outer = token_loop(loops, blocks, depth)
-    if outer is None:
-        return None
-    inner = [loop for loop in loops if loop.blocks < outer.blocks]
-    weights = Weights(graph, blocks, outer, inner, trips, rare)
-    weighted = [weights.weighted(number) for number in sorted(outer.blocks)]
-    executed = {w.block.number for w in weighted if w.weight}
-    warnings = [
-        f"the loop at {blocks[header].instructions[0].address:#x} has no trip count: {words(blocks[header].instructions[-1])}"
-        for header, pattern in weights.patterns.items()
-        if pattern is None and header in executed
-    ]
-    return Body(weighted, warnings)
+    if named is not None:
+        outer = named_loops(loops, blocks, named)
+    else:
+        largest = token_loop(loops, blocks, depth)
+        outer = [] if largest is None else [largest]
+    weighted, warnings = [], []
+    for loop in outer:
+        weights = Weights(graph, blocks, loop, [other for other in loops if other.blocks < loop.blocks], trips, rare)
+        weighted += [weights.weighted(number) for number in sorted(loop.blocks)]
+        executed = {w.block.number for w in weighted if w.weight}
+        warnings += [
+            f"the loop at {blocks[header].instructions[0].address:#x} has no trip count: {words(blocks[header].instructions[-1])}"
+            for header, pattern in weights.patterns.items()
+            if pattern is None and header in executed
+        ]
+    return Body(weighted, warnings) if outer else None
 
 
 def majority(instructions: Sequence[Instruction], patterns: Mapping[str, float]) -> str | None:
