@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -28,7 +29,10 @@ class Kernel(NamedTuple):
 
 
 def find_nvcc() -> str | None:
-    """Returns the path of nvcc."""
+    """Returns the path of nvcc, searched for where setup.py searches; None if there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 

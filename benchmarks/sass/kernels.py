@@ -92,7 +92,7 @@ def assign(e: int, k: int) -> Row:
         moved=k * 5 * 4 + ROWS_PER_TOKEN * 4,
         rare={r": return a\.token_mask == nullptr": 0.0},
         threads=512,
-        shared=140 << 10,
+        shared=(17 * k * e + e) * 4,
         loops=r"^(count|give_slots):",
     )
 
@@ -109,8 +109,8 @@ def dense(dtype: str, e: int, k: int, tokens: int) -> Row:
         moved=2 * chunks * 512 + 12 * k,
         trips={
             r"^dense_chunks: while": 1 / chunks,
-            r"^dense_chunks: (for \(unsigned left|const|if \(place)": ROWS_PER_TOKEN / chunks,
-            r"^(find|dense_chunks):": 1,
+            r"^dense_chunks: for \(unsigned left": ROWS_PER_TOKEN / chunks,
+            r"^dense_chunks: for \(int64_t t =": 1,
         },
         rare={r"^find:": k / 32 / chunks, r"^store_part: .*out\[at \+ j\]": 0.0},
         depth=2,
@@ -126,7 +126,7 @@ def dispatch(dtype: str, d: int) -> Row:
         kernel=r"^copy_rows<uint4>",
         tokens=4 / ROWS_PER_TOKEN,
         moved=(1 + ROWS_PER_TOKEN) * d * size + ROWS_PER_TOKEN * 12,
-        trips={r"^for_parts:": max(1, d * size / PART), r"^copy_rows:": 4},
+        trips={r"^for_parts:": max(1, d * size / PART), r"^copy_rows: for \(": 4},
         depth=1,
     )
 
@@ -141,7 +141,7 @@ def combine(dtype: str, d: int, k: int, gradient_of_dispatch: bool = False) -> R
         kernel=rf"^sum_rows<{element}, {16 // size}, {str(gradient_of_dispatch).lower()}>",
         tokens=4,
         moved=rows * d * size + 12 * k,
-        trips={r"^add:": ROWS_PER_TOKEN, r"^for_parts:": max(1, d * size / PART), r"^sum_rows:": 4},
+        trips={r"^add: for \(": ROWS_PER_TOKEN, r"^for_parts:": max(1, d * size / PART), r"^sum_rows: for \(": 4},
         depth=1,
     )
 
@@ -155,7 +155,7 @@ def combine_backward(dtype: str, d: int, k: int) -> Row:
         kernel=rf"^combine_backward_rows<{element}, {16 // size}>",
         tokens=4 / ROWS_PER_TOKEN,
         moved=(1 + 2 * ROWS_PER_TOKEN) * d * size + 12 * k,
-        trips={r"^for_parts:": max(1, d * size / PART), r"^combine_backward_rows:": 4},
+        trips={r"^for_parts:": max(1, d * size / PART), r"^combine_backward_rows: for \(": 4},
         depth=1,
     )
 

@@ -11,6 +11,10 @@ from .listing import Block
 REGISTER = re.compile(r"\bU?R\d+\b")
 STEP = re.compile(r"(U?R\d+), (?:P\w+, )?\1(?:\.reuse)?, (-?0x[0-9a-f]+)\b")
 
+MOST_UNROLLED = (
+    8  # a counter that grows by more does so in the source: the compiler unrolls less where it does not know the end
+)
+
 
 def dominates(dominator: Mapping[int, int | None], a: int, b: int) -> bool:
     """Returns whether every path to block b goes through block a, from each block's immediate dominator."""
@@ -48,7 +52,7 @@ def tails(graph: nx.DiGraph, loop: Loop) -> list[int]:
 
 
 def step(graph: nx.DiGraph, blocks: Sequence[Block], loop: Loop) -> int:
-    """Returns what an iteration adds to the loop's counter: where the source adds 1, how often the loop was unrolled.
+    """Returns how often a loop over consecutive numbers was unrolled: what an iteration adds to its counter.
 
     The counter is a register that the loop increases by a constant and that is compared before the jump back.
     """
@@ -66,4 +70,4 @@ def step(graph: nx.DiGraph, blocks: Sequence[Block], loop: Loop) -> int:
             if match and match[1] in compared and instruction.name in ("IADD3", "VIADD", "UIADD3", "UVIADD", "IADD"):
                 value = int(match[2], 16)
                 steps.append(min(abs(value), 2**32 - value))
-    return max(steps)
+    return max(value for value in steps if value <= MOST_UNROLLED)

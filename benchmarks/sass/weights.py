@@ -110,19 +110,21 @@ class Weights:
         to_end = self.iteration.reverse()
         to_end.add_edges_from((END, tail) for tail in tails(graph, outer))
         self.post_dominator = nx.immediate_dominators(to_end, END)
-        self.patterns = {
-            loop.header: majority([i for b in loop.blocks for i in blocks[b].instructions], trips) for loop in inner
-        }
+        self.patterns = {loop.header: self.pattern(loop) for loop in inner}
         self.unrolled = {loop.header: step(graph, blocks, loop) for loop in inner}
         self.shares: dict[int, tuple[float, str]] = {}
 
     def pattern(self, loop: Loop) -> str | None:
-        """Returns the pattern of a loop's trips: the one that most of the instructions outside of its inner loops match."""
+        """Returns the pattern of a loop's trips: of its jump back, or else of most instructions outside of its inner loops."""
+        jumps = [self.blocks[tail].instructions[-1] for tail in self.iteration.predecessors(loop.header) if tail in loop.blocks]
         within = [other.blocks for other in self.inner if other.blocks < loop.blocks]
         own = [i for b in loop.blocks.difference(*within) for i in self.blocks[b].instructions]
-        found = Counter(next(iter(matched(i.places, self.trips)), None) for i in own)
-        del found[None]
-        return found.most_common(1)[0][0] if found else None
+        for instructions in (jumps, own):
+            found = Counter(next(iter(matched(i.places, self.trips)), None) for i in instructions)
+            del found[None]
+            if found:
+                return found.most_common(1)[0][0]
+        return None
 
     def around(self, number: int) -> list[Loop]:
         """Returns the inner loops that a block is in, outer ones first."""
@@ -203,8 +205,9 @@ def body_of(
         weighted += [weights.weighted(number) for number in sorted(loop.blocks)]
         executed = {w.block.number for w in weighted if w.weight}
         warnings += [
-            f"the loop at {blocks[header].instructions[0].address:#x} has no trip count: {words(blocks[header].instructions[-1])}"
+            f"the loop at {start.address:#x} has no trip count: {words(start)}"
             for header, pattern in weights.patterns.items()
+            for start in blocks[header].instructions[:1]
             if pattern is None and header in executed
         ]
     return Body(weighted, warnings) if outer else None
