@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense 
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants wheel install-check wheel-check cuda-check clean
+.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants wheel install-check wheel-check cuda-check sass clean
 
 demo: $(VENV)/built
 	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
@@ -104,9 +104,17 @@ cuda-check: $(VENV)/installed
 	cd build/site-cuda && ../../$(RUN) -m topn_gating info
 	cd build/site-cuda && ../../$(RUN) -m pytest ../../tests/test_build.py
 	$(RUN) tests/kernels/ptxas_spills.py build/ptxas.log
+
+# Counts the instructions of the kernels' loops over tokens in the machine code, and predicts their time on an H100. It needs nvcc, but
+# no GPU. ARGS=--check compares with the table of docs/benchmarks.md, ARGS=--write writes it.
+sass: $(VENV)/installed
+	$(RUN) -m benchmarks.sass $(ARGS)
 else
 cuda-check:
 	@echo "make cuda-check: there is no nvcc on this machine, so the CUDA build was not checked."
+
+sass:
+	@echo "make sass: there is no nvcc on this machine, so no machine code was counted."
 endif
 
 clean:

@@ -132,21 +132,24 @@ class Weights:
 
     def count(self, loop: Loop) -> float:
         """Returns the iterations of an inner loop, as it was unrolled."""
-        pattern = self.patterns[loop.header]
+        pattern, unrolled = self.patterns[loop.header], self.unrolled[loop.header]
         if pattern is None:
             return 1.0
-        return 0.0 if self.is_rest(loop.header, pattern) else self.trips[pattern] / self.unrolled[loop.header]
+        rest = self.rest(loop.header, pattern)
+        times = self.trips[pattern] if rest is None else rest
+        return times // unrolled if unrolled > 1 else times
 
-    def is_rest(self, number: int, pattern: str | None) -> bool:
-        """Returns whether a block comes after a loop of that pattern that was unrolled more, and leaves no iterations to it."""
-        return any(
-            self.patterns[loop.header] == pattern is not None
+    def rest(self, number: int, pattern: str | None) -> float | None:
+        """Returns the trips that are left to a block by a loop of that pattern that comes before it and was unrolled more."""
+        before = [
+            self.unrolled[loop.header]
+            for loop in self.inner
+            if self.patterns[loop.header] == pattern is not None
             and self.unrolled[loop.header] > self.unrolled.get(number, 1)
-            and self.trips[pattern] % self.unrolled[loop.header] == 0
             and number not in loop.blocks
             and nx.has_path(self.iteration, loop.header, number)
-            for loop in self.inner
-        )
+        ]
+        return self.trips[pattern] % max(before) if before and pattern is not None else None
 
     def share(self, number: int) -> tuple[float, str]:
         """Returns the share of the iterations that execute a block, and the reason.
@@ -173,7 +176,7 @@ class Weights:
         """Returns the share of conditional blocks by the source lines of all that are executed as often."""
         equal = [number for number in self.iteration if self.root(number) == root]
         instructions = [i for number in equal for i in self.blocks[number].instructions]
-        if not self.around(root) and self.is_rest(root, majority(instructions, self.trips)):
+        if not self.around(root) and self.rest(root, majority(instructions, self.trips)) == 0:
             return 0.0, "rest of an unrolled loop"
         return share_of(instructions, self.rare)
 
@@ -222,4 +225,4 @@ def majority(instructions: Sequence[Instruction], patterns: Mapping[str, float])
 
 def words(instruction: Instruction) -> str:
     """Returns the source line of an instruction."""
-    return described(instruction.places[0]) if instruction.places else "no source line"
+    return described(instruction.places[0]).partition(" after ")[0] if instruction.places else "no source line"
