@@ -105,8 +105,8 @@ cuda-check: $(VENV)/installed
 	cd build/site-cuda && ../../$(RUN) -m pytest ../../tests/test_build.py
 	$(RUN) tests/kernels/ptxas_spills.py build/ptxas.log
 
-# Counts the instructions of the kernels' loops over tokens in the machine code, and predicts their time on an H100. It needs nvcc, but
-# no GPU. ARGS=--check compares with the table of docs/benchmarks.md, ARGS=--write writes it.
+# Counts the instructions of the kernels' loops over tokens in the machine code, and predicts their time on an H100. It needs nvcc,
+# but no GPU. ARGS=--check compares with the table of docs/benchmarks.md, ARGS=--write writes it.
 sass: $(VENV)/installed
 	$(RUN) -m benchmarks.sass $(ARGS)
 else

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +46,7 @@ def nvcc_flags(root: Path) -> list[str]:
     match = re.search(r'"nvcc": (\[[^\]]*\])', (root / "setup.py").read_text())
     if match is None:
         raise SystemExit("setup.py has no flags of nvcc where they are looked for.")
-    return ast.literal_eval(match[1])
+    return [str(flag) for flag in ast.literal_eval(match[1])]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -56,6 +55,12 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done
+
+
+def release(nvcc: str) -> str:
+    """Returns the version of nvcc."""
+    match = re.search(r"release (\d+\.\d+)", run([nvcc, "--version"]).stdout)
+    return match[1] if match else "of an unknown version"
 
 
 def compile_unit(nvcc: str, root: Path, unit: str, arch: str) -> Path:
@@ -77,13 +82,13 @@ def compile_unit(nvcc: str, root: Path, unit: str, arch: str) -> Path:
     return cubin
 
 
-def kernels(cubin: Path, disassembler: str, wanted: Callable[[str], bool]) -> list[Kernel]:
-    """Returns the kernels of a cubin whose demangled names are wanted."""
+def kernels(cubin: Path, disassembler: str, wanted: re.Pattern[str]) -> list[Kernel]:
+    """Returns the kernels of a cubin whose demangled names match."""
     symbols = [line.split() for line in run(["readelf", "-sW", str(cubin)]).stdout.splitlines() if " FUNC " in line]
     index = {fields[-1]: fields[0].rstrip(":") for fields in symbols}
     log = cubin.with_suffix(".log").read_text()
     mangled = re.findall(r"Function properties for (\w+)", log)
-    found = [(name, f) for name, f in zip(mangled, reported(log), strict=True) if f.registers and wanted(f.name)]
+    found = [(name, f) for name, f in zip(mangled, reported(log), strict=True) if f.registers and wanted.search(f.name)]
     if not found:
         return []
     chosen = ",".join(index[name] for name, _ in found)

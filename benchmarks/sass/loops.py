@@ -18,9 +18,12 @@ MOST_UNROLLED = (
 
 def dominates(dominator: Mapping[int, int | None], a: int, b: int) -> bool:
     """Returns whether every path to block b goes through block a, from each block's immediate dominator."""
-    while b != a and dominator.get(b) not in (None, b):
-        b = dominator[b]
-    return a == b
+    while b != a:
+        above = dominator.get(b)
+        if above is None or above == b:
+            return False
+        b = above
+    return True
 
 
 class Loop(NamedTuple):

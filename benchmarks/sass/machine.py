@@ -25,7 +25,7 @@ FP64 = ["DADD", "DMUL", "DFMA", "DSETP", "DMNMX"]
 XU = ["MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"]
 # fmt: off
 LSU = ["LD", "LDG", "LDS", "LDL", "LDC", "LDSM", "ST", "STG", "STS", "STL", "ATOM", "ATOMS", "ATOMG", "RED", "REDG", "SHFL",
-       "REDUX", "MATCH", "LDGSTS", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL", "UTMALDG", "SYNCS", "STAS"]
+       "REDUX", "MATCH", "LDGSTS", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL", "SYNCS", "STAS"]
 BRANCH = ["BRA", "BRX", "JMP", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "YIELD", "NANOSLEEP", "BAR", "NOP",
           "DEPBAR", "BPT", "KILL", "ENDCOLLECTIVE", "B2R", "BMOV", "RPCMOV"]
 # fmt: on
@@ -42,7 +42,6 @@ PIPE_OF = {
 def cycles_of(instruction: Instruction) -> dict[str, float]:
     """Returns the cycles for which an instruction keeps pipes busy."""
     name = instruction.name
-    # Moves to and from the uniform registers go through the ordinary pipes, the other uniform instructions do not.
     uniform = name.startswith("U") or name in ("R2UR", "S2UR")
     pipe = "uniform" if uniform else PIPE_OF.get(name, "xu" if name == "S2R" else "alu")
     cycles = CYCLES[pipe]

@@ -21,7 +21,7 @@ from ptxas_spills import Function
 from tables import markdown_table
 
 from . import table
-from .build import Kernel, compile_unit, find_disassembler, find_nvcc, kernels
+from .build import Kernel, compile_unit, find_disassembler, find_nvcc, kernels, release
 from .kernels import ROWS, Row
 from .machine import WARPS, Prediction, predict, resident_warps
 from .weights import Body, Weighted, body_of, words
@@ -72,7 +72,7 @@ def count_rows(rows: Sequence[Row], root: Path, arch: str, nvcc: str, disassembl
     for unit in dict.fromkeys(row.unit for row in rows):
         of_unit = [row for row in rows if row.unit == unit]
         wanted = re.compile("|".join(f"(?:{row.kernel})" for row in of_unit))
-        compiled = kernels(compile_unit(nvcc, root, unit, arch), disassembler, lambda name, p=wanted: bool(p.search(name)))
+        compiled = kernels(compile_unit(nvcc, root, unit, arch), disassembler, wanted)
         for row in of_unit:
             of_row = [kernel for kernel in compiled if re.search(row.kernel, kernel.report.name)]
             found += [count(row, kernel) for kernel in of_row]
@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{c.row.name}: {warning}", file=sys.stderr)
     cells = [c.cells() for c in counts]
     print(markdown_table([table.HEAD, *cells]))
+    print(f"Predicted for an H100 from the code of nvcc {release(nvcc)} for {options.arch}; no GPU was used.")
     wrong = ["rows without a kernel"] if len({c.row.name for c in counts}) < len(rows) else []
     page = options.root / table.PAGE
     if options.check:

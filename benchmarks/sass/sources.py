@@ -56,7 +56,7 @@ def places_of(ptx: Iterable[str]) -> dict[int, Places]:
             if match is None:
                 continue
             file, at, column, function, *caller = match.groups()
-            around = by_position.get(tuple(caller), ()) if function else ()  # type: ignore[call-overload]
+            around = by_position.get((caller[0], caller[1], caller[2]), ()) if function else ()
             found[number] = ((function or entry, file, int(at)), *around)
             by_position[file, at, column] = found[number]
         elif text.startswith(".b8"):

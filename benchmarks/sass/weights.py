@@ -41,12 +41,12 @@ class Body(NamedTuple):
     @property
     def cycles(self) -> dict[str, float]:
         """The cycles for which an iteration keeps each pipe busy."""
-        total: Counter[str] = Counter()
+        total: dict[str, float] = {}
         for w in self.blocks:
             for instruction in w.block.instructions:
                 for pipe, cycles in cycles_of(instruction).items():
-                    total[pipe] += w.weight * cycles
-        return dict(total)
+                    total[pipe] = total.get(pipe, 0.0) + w.weight * cycles
+        return total
 
 
 def share_of(instructions: Sequence[Instruction], rare: Mapping[str, float]) -> tuple[float, str]:
