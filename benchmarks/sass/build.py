@@ -67,7 +67,8 @@ def compile_unit(nvcc: str, root: Path, unit: str, arch: str) -> Path:
     """Returns the cubin of a translation unit, beside which ptxas' report is kept. Compiles only what has changed."""
     flags = [f"-arch={arch}", *nvcc_flags(root), "-lineinfo", "-cubin", "-Xptxas", "-v", f"-I{root / 'csrc'}"]
     sources = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cu", ".cuh"))
-    key = hashlib.sha256("\0".join([run([nvcc, "--version"]).stdout, unit, *flags]).encode())
+    environment = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
+    key = hashlib.sha256("\0".join([run([nvcc, "--version"]).stdout, unit, *flags, *environment]).encode())
     for path in [path for path in sources if path.suffix != ".cu"] + [root / unit]:
         key.update(path.read_bytes())
     cubin = CACHE / f"{Path(unit).stem}-{arch}-{key.hexdigest()[:12]}.cubin"

@@ -37,6 +37,16 @@ class Instruction(NamedTuple):
         return modifier in self.opcode.split(".")[1:]
 
     @property
+    def jumps(self) -> bool:
+        """Whether it may go on elsewhere. Calls of the function's own labels, which do not return, are jumps too."""
+        return self.name in JUMPS or (self.name == "CALL" and bool(self.targets))
+
+    @property
+    def ends(self) -> bool:
+        """Whether the next instruction is executed only where a predicate says so."""
+        return self.jumps or self.name in ENDS
+
+    @property
     def targets(self) -> list[str]:
         """The labels that the operands name."""
         return [a or b for a, b in TARGET.findall(self.operands)]
@@ -75,7 +85,7 @@ def functions(lines: Iterable[str], places: Mapping[int, Places]) -> dict[str, l
         elif match := INSTRUCTION.match(line):
             address, predicate, opcode, operands = match.groups()
             instructions.append(Instruction(int(address, 16), predicate or "", opcode, operands, here))
-            if instructions[-1].name in JUMPS + ENDS:
+            if instructions[-1].ends:
                 end()
         elif match := LABEL.match(line):
             end()
@@ -92,13 +102,11 @@ def functions(lines: Iterable[str], places: Mapping[int, Places]) -> dict[str, l
 def successors(block: Block, by_label: dict[str, int], next_block: int | None) -> list[int]:
     """Returns the blocks that may follow. The branch of a warp whose threads have diverged is left out."""
     last = block.instructions[-1]
-    jumps = last.name in JUMPS
-    ends = jumps or last.name in ENDS
-    conditional = bool(last.predicate) or (jumps and bool(PREDICATE.match(last.operands)))
-    if jumps and last.has("DIV"):
+    conditional = bool(last.predicate) or (last.jumps and bool(PREDICATE.match(last.operands)))
+    if last.jumps and last.has("DIV"):
         return [] if next_block is None else [next_block]
-    found = [by_label[label] for label in last.targets if label in by_label] if jumps else []
-    if next_block is not None and (conditional or not ends):
+    found = [by_label[label] for label in last.targets if label in by_label] if last.jumps else []
+    if next_block is not None and (conditional or not last.ends):
         found.append(next_block)
     return found
 

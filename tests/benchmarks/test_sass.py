@@ -150,7 +150,8 @@ def test_listing_becomes_blocks_with_places():
         ("BRA.DIV UR4, L0", {(0, 1), (1, 2)}),  # a warp of which all threads are there does not take it
         ("@P0 EXIT", {(0, 1), (1, 2)}),
         ("EXIT", set()),
-        ("CALL.REL.NOINC L0", {(0, 1), (1, 2)}),
+        ("@P0 CALL.REL.NOINC L0", {(0, 1), (0, 2), (1, 2)}),
+        ("CALL.REL.NOINC `($__internal_0_$__cuda_rcp)", {(0, 1), (1, 2)}),
     ],
 )
 def test_edges(code, branch, edges):
