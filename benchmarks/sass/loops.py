@@ -9,7 +9,7 @@ import networkx as nx
 from .listing import Block
 
 REGISTER = re.compile(r"\bU?R\d+\b")
-STEP = re.compile(r"(U?R\d+), (?:P\w+, )?\1(?:\.reuse)?, (-?0x[0-9a-f]+)\b")
+STEP = re.compile(r"(U?R\d+), (?:U?P\w+, )*\1(?:\.reuse)?, (-?0x[0-9a-f]+)\b")
 
 MOST_UNROLLED = (
     8  # a counter that grows by more does so in the source: the compiler unrolls less where it does not know the end

@@ -168,6 +168,7 @@ def test_targets_of_a_table_of_branches(code):
     [
         ("VIADD R2, R2, 0xfffffffc", 4),
         ("IADD3 R2, P1, R2.reuse, 0x2, RZ", 2),
+        ("IADD3 R2, PT, PT, R2, 0x8, RZ", 8),
         ("IADD3 R2, R3, 0x4, RZ", 1),
         ("IADD3 R3, R3, 0x4, RZ", 1),  # not compared
         ("VIADD R2, R2, 0x400", 1),
