@@ -9,7 +9,7 @@ from .listing import Instruction
 # Of an H100 SXM. The clock is its boost clock; the bandwidth is that of a copy, not the 3.35 TB/s of its data sheet.
 PROCESSORS, SCHEDULERS, HERTZ, BYTES_PER_SECOND = 132, 4, 1.755e9, 3.0e12
 # Share of the cycles in which a scheduler with enough warps issues an instruction: an assumption.
-ISSUE_EFFICIENCY = 0.85
+SLOT_EFFICIENCY = 0.85
 # Of a multiprocessor of compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
 WARPS, BLOCKS, REGISTERS, SHARED_BYTES, SHARED_BYTES_OF_BLOCK = 64, 32, 65536, 228 << 10, 1 << 10
 REGISTER_UNIT = 256  # registers are given to warps in units of so many
@@ -72,9 +72,9 @@ class Prediction(NamedTuple):
 
 
 def predict(slots: float, cycles: Mapping[str, float], moved: float) -> Prediction:
-    """Predicts from a token's issue slots, pipe cycles and bytes."""
+    """Predicts from a token's slots, pipe cycles and bytes."""
     per_second = PROCESSORS * SCHEDULERS * HERTZ
     times = {pipe: count / per_second for pipe, count in cycles.items()}
-    times |= {"issue": slots / (per_second * ISSUE_EFFICIENCY), "memory": moved / BYTES_PER_SECOND}
+    times |= {"slots": slots / (per_second * SLOT_EFFICIENCY), "memory": moved / BYTES_PER_SECOND}
     bound = max(times, key=lambda name: times[name])
     return Prediction(times[bound], bound, times["memory"] / times[bound])

@@ -99,7 +99,7 @@ def listing(count: Count) -> str:
             lines.append(f"    {i.address:6x} {text:60.60} {'' if place == previous else place}".rstrip())
             previous = place
     cycles = {pipe: round(cycles, 1) for pipe, cycles in count.cycles.items()}
-    return "\n".join([*lines, f"a token: {count.slots:.1f} issue slots; cycles of its pipes: {in_words(cycles)}"])
+    return "\n".join([*lines, f"a token: {count.slots:.1f} slots; cycles of its pipes: {in_words(cycles)}"])
 
 
 def numbers_by_pattern(pairs: Sequence[str]) -> dict[str, float]:

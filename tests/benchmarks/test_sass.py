@@ -329,7 +329,7 @@ def test_resident_warps(registers, threads, shared, warps):
 
 def test_the_slowest_bounds_a_kernel():
     second = PROCESSORS * SCHEDULERS * HERTZ  # cycles of all schedulers
-    assert predict(850, {"alu": 400}, 0) == (pytest.approx(1000 / second), "issue", 0)
+    assert predict(850, {"alu": 400}, 0) == (pytest.approx(1000 / second), "slots", 0)
     assert predict(100, {"alu": 400, "xu": 500}, 0)[:2] == (pytest.approx(500 / second), "xu")
     assert predict(0, {}, 3000) == (pytest.approx(1e-9), "memory", 1)
     assert predict(0, {"alu": 2e-9 * second}, 3000).share == pytest.approx(0.5)
@@ -346,15 +346,15 @@ text
 
 | {" | ".join(table.HEAD)} |
 | {" | ".join("---" for _ in table.HEAD)} |
-| a, e=64 | 100 | 50 | alu 50 | 32 | 0 | 64 of 64 | 10 | issue | 20% |
-| b | 100 | 50 | alu 50 | 32 | 0 | 64 of 64 | 10 | issue | 20% |
+| a, e=64 | 100 | 50 | alu 50 | 32 | 0 | 64 of 64 | 10 | slots | 20% |
+| b | 100 | 50 | alu 50 | 32 | 0 | 64 of 64 | 10 | slots | 20% |
 
 ## Another section
 """
 
 
 def cells(name, slots=100, alu=50, spilled=0):
-    return [name, str(slots), str(alu), "alu 50", "32", str(spilled), "64 of 64", "10", "issue", "20%"]
+    return [name, str(slots), str(alu), "alu 50", "32", str(spilled), "64 of 64", "10", "slots", "20%"]
 
 
 def test_the_check_tells_what_grew_or_spills():
