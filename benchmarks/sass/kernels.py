@@ -31,48 +31,52 @@ class Row:
 RARE = {
     r"^add_noise:|^gumbel:": 0.0,  # with noise
     r": return a\.token_mask == nullptr": 0.0,  # with a mask
-    r"^(fetch|store): .*row\[index": 0.0,  # rows that are not aligned
+    r"^fetch_elements:|^store: .*row\[index": 0.0,  # rows that are not aligned
+    r"^subtract:": 0.0,  # scores above a million
 }
-GATE_RARE = RARE | {
-    r"^gate_tile: : choose_sorted<Key64": 0.0,  # with noise
-    r"^gate_tile: (layout\.load|.* after layout\.load)": 0.0,  # losses with noise
-    r"^flush:": 1 / 8,
-}
-GRADIENT_RARE = RARE | {
-    r"^has_gradient:|: if \(blank\)": 0.0,  # with a mask
-    r"^differentiate: (layout\.load|.* after layout\.load)": 0.0,  # losses with noise
-}
+
+
+def row_layout(e: int) -> tuple[int, int, int]:
+    """Returns the threads of a row of so many experts, the values of each, and the threads of a block."""
+    width, count = {64: (8, 8), 128: (8, 16), 256: (16, 16)}[e]
+    return width, count, 256 if count == 8 else 128
 
 
 def gate(dtype: str, e: int, k: int) -> Row:
     """Returns the row of the forward pass of a softmax gate with its losses."""
     element, size = DTYPES[dtype]
-    width = e // 8
+    width, count, threads = row_layout(e)
+    looked_up = 4 * count * threads if size == 4 else 0
     return Row(
         name=f"gate, e={e}, k={k}, {dtype}",
         unit="csrc/cuda/gate.cu",
-        kernel=rf"^gate_tokens<{element}, WarpLayout<float, {width}, 8, \d>, false>",
+        kernel=rf"^gate_rows<{element}, WarpLayout<float, {width}, {count}, \d>, true>",
         tokens=32 / width,
         moved=e * size + k * 8,
-        trips={r"^pop_sorted:": k},
-        # A thread of a narrow row has registers for two ranks, of which it computes one.
-        rare=GATE_RARE | {r"^choose_sorted: (v\[i\]|out\.)": k / 16 if width < 16 else 1.0},
-        shared=(256 * 8 + 8) * 8 + (e + 1) * 4,
+        trips={r"^choose_exactly: for \(int k": k},
+        # The second path: about one token in 400 of 256 experts, and a warp processes several.
+        rare=RARE | {r"^flush:": 1 / 8, r"^take_logarithms:": 1 / width, r"^choose_exactly:": 1 / 100},
+        threads=threads,
+        shared=(threads * count + threads // 32) * 8 + (e + 1) * 4 + looked_up,
+        depth=2,
     )
 
 
 def gate_backward(dtype: str, e: int, k: int) -> Row:
     """Returns the row of its gradient, with those of the losses."""
     element, size = DTYPES[dtype]
-    width = e // 8
+    width, count, threads = row_layout(e)
     return Row(
         name=f"gate_backward, e={e}, k={k}, {dtype}",
         unit="csrc/cuda/gate_backward.cu",
-        kernel=rf"^gate_backward_tokens<{element}, WarpLayout<float, {width}, 8, \d>, true>",
+        kernel=rf"^gate_backward_rows<{element}, WarpLayout<float, {width}, {count}, \d>, true>",
         tokens=32 / width,
         moved=2 * e * size + k * 8,
-        trips={r"^through_(gates|weights):": k},
-        rare=GRADIENT_RARE,
+        trips={r"^add_in_order:": k},
+        rare=RARE | {r"^add_in_order:": 0.0},  # experts that were made up
+        threads=threads,
+        shared=threads // width * (width * count + 4) * 4,
+        depth=2,
     )
 
 

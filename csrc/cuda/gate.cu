@@ -19,10 +19,10 @@ class PendingLogs {
   template <class Sums>
   __device__ __forceinline__ void add(Sums& sums, bool counted, const RowExponentials<RowLayout>& of) {
     if (counted && turn_ == thread_) exponent_ = of.exponent, sum_ = of.sum;
-    if (++turn_ == RowLayout::width) finish(sums);
+    if (++turn_ == RowLayout::width) take_logarithms(sums);
   }
   template <class Sums>
-  __device__ __forceinline__ void finish(Sums& sums) {
+  __device__ __forceinline__ void take_logarithms(Sums& sums) {
     constexpr double log_of_2 = 0.693147180559945309;
     sums.add_logsumexp(double(exponent_) * log_of_2 + ::log(double(sum_)));
     exponent_ = 0;
@@ -90,7 +90,7 @@ class RowRouter {
         if (Plain || a_.noise == nullptr) logs.add(sums, counted, exponentials);
       }
     }
-    if (a_.losses) logs.finish(sums);
+    if (a_.losses) logs.take_logarithms(sums);
   }
 
  private:
