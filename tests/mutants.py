@@ -295,7 +295,8 @@ class Workshop:
 
 def operator_of(path: str) -> str | None:
     """Returns the operator that a file is named after."""
-    return next((name for name in OPERATORS if re.match(rf"{name}(?!\w)|{name}_any|top8|topn|exponential", Path(path).stem)), None)
+    shared = "top8|topn|exponential"  # by `gate` and its gradient
+    return next((name for name in OPERATORS if re.match(rf"{name}(?!\w)|{name}_any|{shared}", Path(path).stem)), None)
 
 
 def python_tests(path: str) -> list[str]:

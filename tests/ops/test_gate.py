@@ -144,7 +144,7 @@ def test_coarse_scores_keep_the_stable_order(backend, experts):
 
 
 def last_bits(experts: int, tokens: int = 24) -> torch.Tensor:
-    """Scores that differ in their last bits alone, in any order, of either sign; some are equal, and the last rows are zeros."""
+    """Scores that differ in their last bits alone, of either sign; some are equal, and the last rows are zeros."""
     steps = torch.stack([torch.randperm(experts) % (experts // 2 + 1) for _ in range(tokens)])
     scale = torch.tensor([1.0, -1.0, 0.75, -3.0, 1e-3, -2e4]).repeat(tokens // 6).unsqueeze(-1)
     bits = scale.view(torch.int32) + steps.to(torch.int32)
