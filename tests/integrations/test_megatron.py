@@ -5,14 +5,10 @@ It has the shape ``(n, groups, e)``, one capacity for the tokens of all groups, 
 expert bias for the sigmoid alone.
 """
 
-import importlib
 import math
-import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from topn_gating import route, update_select_bias_, with_loss
 from topn_gating.functional import expert_capacity
@@ -23,54 +19,6 @@ EXPERTS, TOKENS, GROUPS = 16, 40, 3
 TINY = 1e-20  # Megatron-core adds it to a sum of gates, where route has `eps` as the least sum
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(scope="module")
-def core():
-    """The modules of Megatron-core, without its warnings about missing accelerators."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = {"moe_utils", "router", "router_replay"}
-        modules = {name: importlib.import_module(f"megatron.core.transformer.moe.{name}") for name in names}
-        config = importlib.import_module("megatron.core.transformer.transformer_config")
-    return SimpleNamespace(**modules, config=config.TransformerConfig)
-
-
-@pytest.fixture(scope="module")
-def group():
-    """A process group of this process alone, which is gone at the end: a process has one at a time."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def router(core, group, monkeypatch):
-    """Makes a ``TopKRouter`` on the CPU; its keywords are those of the configuration without ``moe_router_``."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
-    core.moe_utils.get_moe_layer_wise_logging_tracker().clear()
-
-    def make(topk, num_experts=EXPERTS, moe_z_loss_coeff=None, moe_aux_loss_coeff=0.0, **options):
-        with warnings.catch_warnings():  # about CUDA graphs
-            warnings.simplefilter("ignore")
-            config = core.config(
-                num_layers=1,
-                num_attention_heads=1,
-                hidden_size=4,
-                num_moe_experts=num_experts,
-                moe_z_loss_coeff=moe_z_loss_coeff,
-                moe_aux_loss_coeff=moe_aux_loss_coeff,
-                use_cpu_initialization=True,
-                add_bias_linear=False,
-                **{f"moe_router_{name}": option for name, option in {"topk": topk, **options}.items()},
-            )
-        made = core.router.TopKRouter(config, SimpleNamespace(tp=group, cp=group, tp_cp=group, tp_dp_cp=group))
-        made.set_layer_number(1)
-        return made
-
-    with torch.compiler.set_stance("force_eager"):  # it compiles a count of tokens
-        yield make
-    core.moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
 def logits_of(shape=(TOKENS, EXPERTS), dtype=torch.float32):
