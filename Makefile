@@ -120,11 +120,14 @@ endif
 clean:
 	rm -rf $(VENV) build topn_gating/*.so
 
-# Peers of the tests whose routers need few of their many dependencies, which requirements-dev.txt has.
+# Peers of the tests whose routers need few of their many dependencies, which requirements-dev.txt has. torchtitan's cannot be
+# imported without triton, which only a torch for CUDA brings.
 $(VENV)/installed: requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -r requirements-dev.txt
-	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation zetascale==2.8.8 megatron-core==0.16.1 deepspeed==0.19.8
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation zetascale==2.8.8 megatron-core==0.16.1 deepspeed==0.19.8 \
+		"torchtitan==0.3.0; python_version >= '3.11'"
+	$(RUN) -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton==3.5.1; sys_platform == 'linux'"
 	touch $@
 
 $(VENV)/kernels: $(VENV)/installed CMakeLists.txt $(shell find csrc simt tests/kernels -type f) \
