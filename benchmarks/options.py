@@ -1,14 +1,17 @@
-"""Times what the router's options cost, and DeepSeek-V3's router beside the one of transformers, on the CPU.
+"""Times what the router's options cost, and routers beside those of transformers, Megatron-core and torchtitan, on the CPU.
 
     PYTHONPATH=. python benchmarks/options.py [--tokens 16384] [--experts 256] [--top-n 8] [--rounds 15] [--dtypes float32]
 
 All calls start from the same logits, and are timed in interleaved rounds in one process. Results that differ are not timed.
 """
 
+import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
+from unittest import mock
 
 import torch
 from command import conditions, machine, options, restart_with, write
@@ -24,6 +27,9 @@ from topn_gating.ops import GROUP_SCORES, SCORES
 
 GROUPS, OPEN, SCALE = 8, 4, 2.5
 DEFAULT, OURS, THEIRS = "default", "topn_gating", "transformers"
+WHOSE = ("Megatron-core", "torchtitan")  # whose classes of routers are timed beside ours of the same interface
+
+Router = Callable[[Tensor], Sequence[Tensor]]  # from logits to weights (n, k) and experts, or to weights (n, e) and a map
 
 
 def deepseek_v3(shape: Shape, bias: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -39,35 +45,94 @@ def deepseek_v3(shape: Shape, bias: Tensor) -> Callable[[Tensor], tuple[Tensor, 
     return lambda logits: forward(router, logits)[1:3]
 
 
+def side_by_side(routers: Mapping[str, Router], logits: Tensor, what: str = "") -> dict[str, Step]:
+    """Steps of routers, the first of which is ours, once their weights and gradients are the same."""
+    into, found = torch.randn(logits.shape), []
+    for router in routers.values():
+        x = logits.clone().requires_grad_()
+        weight, expert = router(x)[:2]
+        if expert.dtype != torch.bool:
+            weight = torch.zeros(logits.shape, dtype=weight.dtype).scatter(1, expert.long(), weight)
+        found.append((weight.detach().float(), torch.autograd.grad(weight, x, into.to(weight.dtype))[0]))
+    for result in found[1:]:
+        alike = ((found[0][0] > 0) == (result[0] > 0)).all(1)  # but for scores that differ by less than rounding
+        if alike.sum() < 0.999 * len(alike):
+            raise AssertionError(f"{(~alike).sum()} of {len(alike)} tokens have other experts")
+        for one, other in zip(found[0], result, strict=True):
+            near = {"atol": 1e-5, "rtol": 1e-2 if logits.dtype != torch.float32 else 1e-4}
+            torch.testing.assert_close(one[alike], other[alike], **near)
+
+    leaf, steps = logits.clone().requires_grad_(), {}
+    for name, router in routers.items():
+        grad = torch.randn_like(router(leaf)[0].detach())
+        steps[f"{name}: {what}forward"] = torch.no_grad()(lambda router=router: router(leaf))
+        steps[f"{name}: {what}forward + backward"] = lambda router=router, grad=grad: torch.autograd.grad(
+            router(leaf)[0], leaf, grad
+        )
+    return steps
+
+
 def beside_transformers(shape: Shape, dtype: torch.dtype) -> dict[str, Step]:
-    """The steps, by what they compute and whose they are."""
+    """Steps of DeepSeek-V3's router, by ``route`` and by transformers."""
     torch.manual_seed(0)
     logits, bias = torch.randn(shape.n, shape.e, dtype=dtype), 0.1 * torch.rand(shape.e)
-    theirs = deepseek_v3(shape, bias)
     given = {"score": "sigmoid", "select_bias": bias, "groups": GROUPS, "top_groups": OPEN, "scale": SCALE, "eps": 1e-20}
 
     def ours(logits: Tensor) -> tuple[Tensor, Tensor]:
         routing = topn_gating.route(logits, shape.k, dropless=True, losses=False, **given)
         return routing.weight, routing.expert
 
-    grad = torch.randn(shape.n, shape.k)
-    found = []
-    for router in (ours, theirs):
-        x = logits.clone().requires_grad_()
-        weight, expert = router(x)
-        dense = torch.zeros(shape.n, shape.e).scatter(1, expert.long(), weight.float())
-        order = expert.long().sort(-1).indices
-        found.append(
-            (dense, torch.autograd.grad(weight, x, torch.empty_like(grad).scatter(1, order, grad).to(weight.dtype))[0])
-        )
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-2 if dtype != torch.float32 else 1e-4)
+    return side_by_side({OURS: ours, THEIRS: deepseek_v3(shape, bias)}, logits)
 
-    leaf = logits.requires_grad_()
-    steps: dict[str, Step] = {}
-    for name, router in ((OURS, ours), (THEIRS, theirs)):
-        steps[f"{name}: forward"] = torch.no_grad()(lambda router=router: router(leaf))
-        steps[f"{name}: forward + backward"] = lambda router=router: torch.autograd.grad(router(leaf)[0], leaf, grad)
+
+def of_megatron(shape: Shape, bias: Tensor | None) -> Iterator[Router]:
+    """Our subclass of Megatron-core's ``TopKRouter``, and the class: a softmax of the chosen, or with a bias DeepSeek-V3's."""
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from topn_gating.integrations import megatron
+
+    options = {"num_moe_experts": shape.e, "moe_router_topk": shape.k, "moe_router_load_balancing_type": "none"}
+    if bias is not None:
+        options |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+        options |= {"moe_router_num_groups": GROUPS, "moe_router_group_topk": OPEN, "moe_router_topk_scaling_factor": SCALE}
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True, **options)
+    for kind in (megatron.TopKRouter, TopKRouter):
+        with mock.patch("torch.cuda.current_device", return_value="cpu"):
+            router = kind(config, mock.Mock())
+        if bias is not None:
+            router.expert_bias.copy_(bias)
+        yield lambda logits, router=router: router.routing(logits.unsqueeze(1))
+
+
+def of_torchtitan(shape: Shape, bias: Tensor | None) -> Iterator[Router]:
+    """Our subclass of torchtitan's router, and the class: a normalised softmax, or with a bias DeepSeek-V3's."""
+    from torchtitan.models.common.linear import Linear
+    from torchtitan.models.common.moe import TokenChoiceTopKRouter
+
+    from topn_gating.integrations import torchtitan
+
+    options = {"score_func": "softmax"}
+    if bias is not None:
+        options = {"score_func": "sigmoid", "num_expert_groups": GROUPS, "num_limited_groups": OPEN, "route_scale": SCALE}
+    gate = Linear.Config(in_features=1, out_features=1)
+    for kind in (torchtitan.TokenChoiceTopKRouter, TokenChoiceTopKRouter):
+        router = kind.Config(num_experts=shape.e, gate=gate, top_k=shape.k, route_norm=True, **options).build()
+        router.gate = torch.nn.Identity()  # from the logits on
+        yield lambda logits, router=router: [t[0] for t in router(logits.unsqueeze(0), bias)]
+
+
+def beside_classes(shape: Shape, dtype: torch.dtype) -> dict[str, Step]:
+    """Steps of two routers by the classes of :data:`WHOSE` and by ours of the same interface."""
+    torch.manual_seed(0)
+    logits, biases, steps = torch.randn(shape.n, shape.e, dtype=dtype), {"softmax": None}, {}
+    if dtype == torch.float32:  # with rounded gates, sums with a bias are theirs to compute
+        biases["DeepSeek-V3"] = 0.1 * torch.rand(shape.e)
+    for peer, make in zip(WHOSE, (of_megatron, of_torchtitan), strict=True):
+        for name, bias in biases.items():
+            if importlib.util.find_spec(peer.partition("-")[0].lower()) and (peer == WHOSE[0] or dtype == torch.float32):
+                routers = dict(zip((f"{OURS} in {peer}", peer), make(shape, bias), strict=True))
+                steps |= side_by_side(routers, logits, f"{name}, ")
     return steps
 
 
@@ -108,7 +173,10 @@ def costs(shape: Shape, dtype: torch.dtype) -> dict[str, Step]:
 def compared_with(call: str) -> str:
     """The call whose time is 1."""
     whose, _, what = call.partition(": ")
-    return f"{OURS}: {what}" if whose in (OURS, THEIRS) else f"{whose}: {DEFAULT}"
+    if whose in (OURS, THEIRS):
+        return f"{OURS}: {what}"
+    peers = [peer for peer in WHOSE if whose.endswith(peer)]
+    return f"{OURS} in {peers[0]}: {what}" if peers else f"{whose}: {DEFAULT}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,8 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape, console, rows, cells = Shape(1, given.tokens, 8, given.experts, given.top_n), Console(soft_wrap=True), [], []
     for name in given.dtypes:
         fresh()
-        for steps in (beside_transformers(shape, getattr(torch, name)), costs(shape, getattr(torch, name))):
-            figures = interleave(steps, given.rounds)
+        for compared in (beside_transformers, beside_classes, costs):
+            with warnings.catch_warnings():  # of packages that miss a GPU
+                warnings.simplefilter("ignore")
+                figures = interleave(compared(shape, getattr(torch, name)), given.rounds)
             cells += [{"call": call, "dtype": name, "ms": figure.values} for call, figure in figures.items()]
             medians = {call: statistics.median(figure.values) for call, figure in figures.items()}
             rows += [[call, name, number(ms), f"{ms / medians[compared_with(call)]:.2f}"] for call, ms in medians.items()]
