@@ -134,8 +134,8 @@ class TopKRouter(MegatronTopKRouter):
         if by_weight and slots < tokens:
             layout = {"capacity": slots, "policy": "all", "priority": "weight"}
         weight, expert, held = self._route(logits, options | layout)
-        probs = torch.zeros_like(logits).scatter(1, expert, weight)
-        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, expert, held)
+        probs = torch.zeros_like(logits).scatter_(1, expert, weight)
+        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, expert, held)
         if factor is not None and not by_weight:
             probs, routing_map = moe_utils.apply_router_token_dropping(
                 probs, routing_map, router_topk=self.topk, capacity_factor=factor, drop_policy=policy, pad_to_capacity=pads
