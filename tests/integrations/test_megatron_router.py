@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -205,6 +206,12 @@ def test_fusion_is_refused(router, ours):
 def test_another_version_is_refused(ours, monkeypatch):
     monkeypatch.setattr("megatron.core.__version__", "0.18.0")
     with pytest.raises(ImportError, match=r"Megatron-core 0\.16, found 0\.18\.0"):
+        importlib.reload(ours)
+
+
+def test_without_megatron(ours, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.core.transformer.moe.router", None)
+    with pytest.raises(ImportError, match=r"pip install megatron-core==0\.16\.1"):
         importlib.reload(ours)
 
 

@@ -1,7 +1,9 @@
 """``topn_gating.integrations.torchtitan`` beside the modules of torchtitan that its classes are subclasses of."""
 
 import importlib
+import sys
 import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -28,11 +30,11 @@ def titan():
         warnings.simplefilter("ignore")
         names = {"moe", "token_dispatcher", "linear"}
         modules = {name: importlib.import_module(f"torchtitan.models.common.{name}") for name in names}
-        override = importlib.import_module("torchtitan.config.override")
-        importlib.import_module("torchtitan.distributed.utils").set_spmd_backend(
-            "partial_dtensor"
-        )  # which needs no mesh of its own
-    return SimpleNamespace(**modules, override=override)
+        override, utils = (importlib.import_module(f"torchtitan.{name}") for name in ("config.override", "distributed.utils"))
+    backend = utils.get_spmd_backend()
+    utils.set_spmd_backend("partial_dtensor")  # the only one that takes a dispatcher's mesh as it is
+    yield SimpleNamespace(**modules, override=override)
+    utils.set_spmd_backend(backend)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +291,7 @@ def layers(titan, ours):
     """A layer of torchtitan, and one of the same configuration after the overrides, with the same parameters."""
     kinds = titan.moe.TokenChoiceTopKRouter, titan.token_dispatcher.AllToAllTokenDispatcher
     configs = [layer(titan, *kinds, **DEEPSEEK) for _ in range(2)]
-    targets = [f"topn_gating.integrations.torchtitan.{name}" for name in ("router", "token_dispatcher")]
+    targets = [f"{ours.__name__}.{name}" for name in ("router", "token_dispatcher")]
     lines = titan.override.apply_overrides(titan.override.OverrideConfig(imports=targets), configs[1])
     assert len(lines) == 2
     theirs, here = (config.build() for config in configs)
@@ -315,6 +317,26 @@ def test_layer(layers, ours):
         results.append((out, moe.tokens_per_expert_E.clone(), *grads))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)  # products in bfloat16, whatever the type
     assert torch.equal(results[1][1], results[0][1])
+
+
+def test_overrides_leave_other_classes_alone(titan, ours):
+    class Other(titan.moe.TokenChoiceTopKRouter):
+        @dataclass(kw_only=True, slots=True)
+        class Config(titan.moe.TokenChoiceTopKRouter.Config):
+            pass
+
+    kinds = titan.token_dispatcher
+    config = layer(titan, Other, kinds.LocalTokenDispatcher)
+    padded = kinds.TorchAOTokenDispatcher.Config(num_experts=EXPERTS, top_k=4, pad_multiple=16)
+    config.routed_experts.token_dispatcher = padded
+    targets = [f"{ours.__name__}.{name}" for name in ("router", "token_dispatcher")]
+    assert titan.override.apply_overrides(titan.override.OverrideConfig(imports=targets), config) == []
+
+
+def test_without_torchtitan(ours, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchtitan.config.override", None)
+    with pytest.raises(ImportError, match=r"needs torchtitan .* pip install torchtitan==0\.3\.0"):
+        importlib.reload(ours)
 
 
 @pytest.mark.parametrize("part", ["router", "routed_experts"])

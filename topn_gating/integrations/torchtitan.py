@@ -121,10 +121,10 @@ def _sort(dispatcher: Any, x: Tensor, scores: Tensor, expert: Tensor) -> tuple[T
         return routing.dispatch(x), routing
 
 
-def _sum_up(rows: Tensor, routing: Routing, x: Tensor) -> Tensor:
+def _sum_up(rows: Tensor, routing: Routing) -> Tensor:
     """The sums of each token's rows times their scores."""
-    with torch.autocast(x.device.type, enabled=False):
-        return routing.combine(rows).to(x.dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        return routing.combine(rows)
 
 
 class LocalTokenDispatcher(dispatchers.LocalTokenDispatcher):
@@ -156,8 +156,8 @@ class LocalTokenDispatcher(dispatchers.LocalTokenDispatcher):
         return rows, num_local_tokens_per_expert_E, routing
 
     def combine(self, routed_output_RD: Tensor, metadata: Routing, x_TD: Tensor) -> Tensor:
-        """Sums up, for each token, its experts' rows ``(R, D)`` times their scores: ``(T, D)`` of the type of ``x_TD``."""
-        return _sum_up(routed_output_RD, metadata, x_TD)
+        """Sums up, for each token, its experts' rows ``(R, D)`` times their scores: ``(T, D)`` of the rows' type."""
+        return _sum_up(routed_output_RD, metadata)
 
 
 class AllToAllTokenDispatcher(dispatchers.AllToAllTokenDispatcher):
@@ -191,7 +191,7 @@ class AllToAllTokenDispatcher(dispatchers.AllToAllTokenDispatcher):
     def combine(self, routed_output_RD: Tensor, metadata: Any, x_TD: Tensor) -> Tensor:
         """As :meth:`LocalTokenDispatcher.combine`."""
         if self.ep_mesh is None:
-            return _sum_up(routed_output_RD, metadata, x_TD)
+            return _sum_up(routed_output_RD, metadata)
         result: Tensor = super().combine(routed_output_RD, metadata, x_TD)
         return result
 
