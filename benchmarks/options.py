@@ -122,13 +122,17 @@ def of_torchtitan(shape: Shape, bias: Tensor | None) -> Iterator[Router]:
 
 
 def beside_classes(shape: Shape, dtype: torch.dtype) -> dict[str, Step]:
-    """Steps of two routers by the classes of :data:`WHOSE` and by ours of the same interface."""
+    """Steps of two routers by the classes of :data:`WHOSE` and by ours of the same interface, in float32 alone.
+
+    Among rounded scores many are equal, of which each class may take its own.
+    """
+    steps: dict[str, Step] = {}
+    if dtype != torch.float32:
+        return steps
     torch.manual_seed(0)
-    logits, biases, steps = torch.randn(shape.n, shape.e, dtype=dtype), {"softmax": None}, {}
-    if dtype == torch.float32:  # with rounded gates, sums with a bias are theirs to compute
-        biases["DeepSeek-V3"] = 0.1 * torch.rand(shape.e)
+    logits, biases = torch.randn(shape.n, shape.e), {"softmax": None, "DeepSeek-V3": 0.1 * torch.rand(shape.e)}
     for peer, make in zip(WHOSE, (of_megatron, of_torchtitan), strict=True):
-        for name, bias in biases.items() if peer == WHOSE[0] or dtype == torch.float32 else ():
+        for name, bias in biases.items():
             try:
                 routers = dict(zip((f"{OURS} in {peer}", peer), make(shape, bias), strict=True))
             except ImportError as error:
