@@ -50,7 +50,7 @@ def gate(dtype: str, e: int, k: int) -> Row:
     return Row(
         name=f"gate, e={e}, k={k}, {dtype}",
         unit="csrc/cuda/gate.cu",
-        kernel=rf"^gate_rows<{element}, WarpLayout<float, {width}, {count}, \d>, true>",
+        kernel=rf"^gate_rows<{element}, WarpLayout<float, {width}, {count}, \d>, \(Kind\)0>",
         tokens=32 / width,
         moved=e * size + k * 8,
         trips={r"^choose_exactly: for \(int k": k},
@@ -69,7 +69,7 @@ def gate_backward(dtype: str, e: int, k: int) -> Row:
     return Row(
         name=f"gate_backward, e={e}, k={k}, {dtype}",
         unit="csrc/cuda/gate_backward.cu",
-        kernel=rf"^gate_backward_rows<{element}, WarpLayout<float, {width}, {count}, \d>, true>",
+        kernel=rf"^gate_backward_rows<{element}, WarpLayout<float, {width}, {count}, \d>, \(Kind\)0>",
         tokens=32 / width,
         moved=2 * e * size + k * 8,
         trips={r"^add_in_order:": k},

@@ -66,6 +66,13 @@ class ExpBelow {
   float offset_ = 0;  // kMagic - M
 };
 
+// Returns 1 / (1 + exp(-s)) and its derivative: csrc/row.h, score_gate.
+__device__ __forceinline__ ScoreGate<float> sigmoid(float s) {
+  const float t = ExpBelow(0.0f)(s < 0.0f ? s : -s);
+  const float share = reciprocal(1.0f + t);
+  return {s < 0.0f ? t * share : share, t * share * share};
+}
+
 // Returns the highest of a row's values: NaN only if all are.
 template <class RowLayout, class Row>
 __device__ __forceinline__ float highest_of(const Row& s) {

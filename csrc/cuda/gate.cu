@@ -36,10 +36,11 @@ class PendingLogs {
   float exponent_ = 0, sum_ = 1;  // of a token whose logsumexp is not taken yet; none has 0
 };
 
-// Routes tokens. `Plain`: without noise or mask, and for at most eight ranks.
-template <class T, class RowLayout, bool Plain>
+// Routes tokens.
+template <class T, class RowLayout, Kind kind>
 class RowRouter {
  public:
+  static constexpr bool Plain = kind == Kind::Plain;
   // Scores from 16-bit elements fit into keys.
   static constexpr bool kExact = Plain && sizeof(T) == 2;
   static constexpr int kRounds = Plain ? 1 : 2;  // of eight ranks
@@ -50,15 +51,26 @@ class RowRouter {
   static constexpr int kRanks = Top::ranks * kRounds;
   static constexpr int kRowFloats = RowLayout::width * RowLayout::count;
 
-  static constexpr size_t shared_bytes(unsigned block) { return kExact ? 0 : block / RowLayout::width * kRowFloats * sizeof(float); }
+  // A row in shared memory for each row of the block, and one for the bias.
+  static constexpr size_t shared_bytes(unsigned block) {
+    const size_t rows = kExact ? 0 : block / RowLayout::width;
+    return (rows + (kind == Kind::Gates)) * kRowFloats * sizeof(float);
+  }
 
   __device__ RowRouter(const GateTask& task, const RowLayout& layout, float* shared)
       : task_(task), a_(task.gate), layout_(layout), top_(layout.thread), keys_(layout),
-        row_(shared + int(threadIdx.x) / RowLayout::width * kRowFloats), top_n_(int(a_.top_n)) {
+        row_(shared + int(threadIdx.x) / RowLayout::width * kRowFloats),
+        bias_(shared + int(blockDim.x) / RowLayout::width * kRowFloats), top_n_(int(a_.top_n)) {
     eps_ = float(a_.eps);
     scale_ = float(a_.scale);
     keep(eps_);
     keep(scale_);
+    if constexpr (kind == Kind::Gates) {
+      for (int j = int(threadIdx.x); j < kRowFloats; j += int(blockDim.x)) {
+        bias_[j] = a_.select_bias != nullptr && j < layout.experts ? a_.select_bias[j] : 0.0f;
+      }
+      __syncthreads();
+    }
   }
 
   __device__ __forceinline__ void run(TileSums<RowLayout>& sums, int64_t index) {
@@ -72,22 +84,31 @@ class RowRouter {
       Row s;
       rows.next_logits(s);
       bool counted = rows.in_tile;
+      bool has_logs = true;  // whether the logits' logsumexp comes with the gates
       if constexpr (!Plain) {
         counted = counted && is_valid(a_, rows.token);
-        if (a_.losses && a_.noise != nullptr) add_logits(sums, logs, s, counted);
+        has_logs = a_.noise == nullptr && a_.score == Score::Softmax;
+        if (a_.losses && !has_logs) add_logits(sums, logs, s, counted);
         add_noise<T>(layout_, a_, rows.token, s);
       }
       TOPN_UNROLL
       for (int i = 0; i < RowLayout::count; ++i) s[i] = canonical(s[i]);
-      choose(s);
-      const Exponentials exponentials(s, RowLayout::from(0, score_[0]));
-      const float share = reciprocal(exponentials.sum);
-      weigh(exponentials, share);
+      float share;  // of the gates in the sums
+      if constexpr (kind == Kind::Gates) {
+        share = choose_by_gates(sums, logs, s, counted && has_logs);
+      } else {
+        choose(s);
+        const Exponentials exponentials(s, RowLayout::from(0, score_[0]));
+        share = reciprocal(exponentials.sum);
+        TOPN_UNROLL
+        for (int j = 0; j < kRanks; ++j) value_[j] = exponentials.of(score_[j]) * share;
+        if (a_.losses && has_logs) logs.add(sums, counted, exponentials);
+      }
+      weigh();
       if (rows.in_tile) write(experts, weights, rows.index);
       if (a_.losses) {
         if (counted) sums.add_gates(s, share), count(sums);
         sums.next_token();
-        if (Plain || a_.noise == nullptr) logs.add(sums, counted, exponentials);
       }
     }
     if (a_.losses) logs.take_logarithms(sums);
@@ -96,7 +117,94 @@ class RowRouter {
  private:
   __device__ __forceinline__ int rank(int j) const { return top_.first_rank + j % Top::ranks + j / Top::ranks * 8; }
 
-  // docs/spec.md, step 5.
+  // Turns scores into gates, in place, and chooses by either. Returns what the gates are multiplied by in the sums.
+  __device__ __forceinline__ float choose_by_gates(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, Row& s, bool adds_log) {
+    Row selection = s;
+    float share = 1;
+    if (a_.score == Score::Softmax) {
+      const Exponentials exponentials(s, highest_of<RowLayout>(s));
+      const float scale = reciprocal(exponentials.sum);
+      TOPN_UNROLL
+      for (int i = 0; i < RowLayout::count; ++i) s[i] *= scale;
+      if (a_.losses && a_.noise == nullptr) logs.add(sums, adds_log, exponentials);
+    } else {
+      float sum = 0;
+      TOPN_UNROLL
+      for (int i = 0; i < RowLayout::count; ++i) {
+        s[i] = sigmoid(s[i]).value;
+        sum += s[i];
+      }
+      sum = RowLayout::reduce(sum, [](float a, float b) { return a + b; });
+      share = reciprocal(sum < eps_ ? eps_ : sum);
+    }
+    open_ = -1;
+    if (selects_by_gates(a_)) {
+      TOPN_UNROLL
+      for (int i = 0; i < RowLayout::count; i += 4) {
+        const float4 bias = *reinterpret_cast<const float4*>(bias_ + layout_.index(i));
+        selection[i] = canonical(s[i] + bias.x);
+        selection[i + 1] = canonical(s[i + 1] + bias.y);
+        selection[i + 2] = canonical(s[i + 2] + bias.z);
+        selection[i + 3] = canonical(s[i + 3] + bias.w);
+      }
+      TOPN_UNROLL
+      for (int i = 0; i < RowLayout::count; ++i) {
+        if (!layout_.valid(i)) selection[i] = RowLayout::lowest;
+      }
+      if (a_.expert_groups > 1) close_groups(selection);
+    }
+    choose(selection);
+    look_up(s, value_);
+    return share;
+  }
+
+  // Closes the groups of experts that are not among the best. A chunk of a thread's values is in one group, which so many
+  // neighbouring threads share: see `in_rows`.
+  __device__ __forceinline__ void close_groups(const Row& selection) {
+    constexpr int chunk = RowLayout::chunk, columns = RowLayout::count / chunk;
+    const int size = layout_.experts / int(a_.expert_groups), threads = size / chunk, in_column = RowLayout::width / threads;
+    int32_t group[columns];
+    TOPN_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      int32_t best = kClosed, second = kClosed;
+      TOPN_UNROLL
+      for (int i = c * chunk; i < (c + 1) * chunk; ++i) {
+        const int32_t key = score_key<RowLayout>(selection[i]), lower = key < best ? key : best;
+        second = lower > second ? lower : second;
+        best = key > best ? key : best;
+      }
+      for (int by = 1; by < threads; by *= 2) {
+        const int32_t other = shuffle_xor(best, by), other_second = shuffle_xor(second, by);
+        const int32_t lower = other < best ? other : best, higher_second = other_second > second ? other_second : second;
+        second = lower > higher_second ? lower : higher_second;
+        best = other > best ? other : best;
+      }
+      const float sum = score_of_key<RowLayout>(best) + score_of_key<RowLayout>(second);
+      group[c] = a_.group_score == GroupScore::Max ? best : score_key<RowLayout>(sum);
+    }
+    // A group is open if fewer than top_groups others are better.
+    int better[columns] = {};
+    const int own = layout_.thread / threads;
+    for (int q = 0; q < in_column; ++q) {
+      TOPN_UNROLL
+      for (int c = 0; c < columns; ++c) {
+        const int32_t other = RowLayout::from(q * threads, group[c]);
+        if (c * in_column + q >= a_.expert_groups) continue;
+        TOPN_UNROLL
+        for (int d = 0; d < columns; ++d) {
+          const bool before = c < d || (c == d && q < own);
+          better[d] += other > group[d] || (other == group[d] && before);
+        }
+      }
+    }
+    open_ = 0;
+    TOPN_UNROLL
+    for (int d = 0; d < columns; ++d) open_ |= int(better[d] < a_.top_groups) << d;
+  }
+  // Returns whether value i of this thread is in an open group.
+  __device__ __forceinline__ bool is_open(int i) const { return kind != Kind::Gates || (open_ >> i / RowLayout::chunk & 1) != 0; }
+
+  // docs/spec.md, step 5: chooses by selection scores.
   __device__ __forceinline__ void choose(const Row& s) {
     int32_t last = std::numeric_limits<int32_t>::max();
     TOPN_UNROLL
@@ -110,7 +218,7 @@ class RowRouter {
       TOPN_UNROLL
       for (int i = 0; i < RowLayout::count; ++i) {
         keys[i] = keys_.pack(s[i], i);
-        if (round > 0 && keys[i] >= last) keys[i] = std::numeric_limits<int32_t>::min();
+        if ((round > 0 && keys[i] >= last) || !is_open(i)) keys[i] = kClosed;
       }
       top_.find(keys, best);
       if (kRounds > 1) last = RowLayout::from(Top::thread_of(7), best[Top::ranks - 1]);
@@ -121,20 +229,20 @@ class RowRouter {
       }
     }
     if constexpr (!kExact) {
-      look_up(s);
+      look_up(s, score_);
       if (ballot(misplaced(s)) != 0) choose_exactly(s);
     }
   }
 
-  // Replaces the scores of the chosen experts, which come from keys, by exact ones.
-  __device__ __forceinline__ void look_up(const Row& s) {
+  // Writes the chosen experts' values in a row.
+  __device__ __forceinline__ void look_up(const Row& s, float (&values)[kRanks]) {
     TOPN_UNROLL
     for (int i = 0; i < RowLayout::count; i += 4) {
       *reinterpret_cast<float4*>(row_ + layout_.index(i)) = make_float4(s[i], s[i + 1], s[i + 2], s[i + 3]);
     }
     __syncwarp();
     TOPN_UNROLL
-    for (int j = 0; j < kRanks; ++j) score_[j] = row_[expert_[j]];
+    for (int j = 0; j < kRanks; ++j) values[j] = row_[expert_[j]];
     __syncwarp();
   }
 
@@ -161,7 +269,7 @@ class RowRouter {
     const int32_t bits = __float_as_int(RowLayout::from(Top::thread_of(top_n_ - 1), least));
     const unsigned first = unsigned(bits >= 0 ? bits + 1 : bits & ~Key::kMask), count = (bits >= 0 ? ~bits : bits) & Key::kMask;
     TOPN_UNROLL
-    for (int i = 0; i < RowLayout::count; ++i) wrong |= unsigned(__float_as_int(s[i])) - first < count;
+    for (int i = 0; i < RowLayout::count; ++i) wrong |= unsigned(__float_as_int(s[i])) - first < count && is_open(i);
     return wrong;
   }
 
@@ -171,14 +279,14 @@ class RowRouter {
     int32_t last = std::numeric_limits<int32_t>::max();
     int after = -1;  // candidates with the last key have a larger index
     for (int k = 0; k < top_n_; ++k) {
-      int32_t best = std::numeric_limits<int32_t>::min();
+      int32_t best = kClosed;
       int where = std::numeric_limits<int32_t>::max();
       float score = 0;
       TOPN_UNROLL
       for (int i = 0; i < RowLayout::count; ++i) {
         const int32_t key = score_key<Scores>(s[i]);
         const int expert = layout_.index(i);
-        const bool left = key < last || (key == last && expert > after);
+        const bool left = is_open(i) && (key < last || (key == last && expert > after));
         if (left && key > best) best = key, where = expert, score = s[i];
       }
       last = RowLayout::max(best);
@@ -192,11 +300,11 @@ class RowRouter {
   }
 
   // docs/spec.md, step 6.
-  __device__ __forceinline__ void weigh(const Exponentials& exponentials, float share) {
+  __device__ __forceinline__ void weigh() {
     float sum = 0;
     TOPN_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      value_[j] = rank(j) < top_n_ ? exponentials.of(score_[j]) * share : 0.0f;
+      if (rank(j) >= top_n_) value_[j] = 0;
       sum += value_[j];
     }
     if (!a_.normalize) {
@@ -235,47 +343,69 @@ class RowRouter {
     logs.add(sums, counted, Exponentials(logits, highest_of<RowLayout>(z)));
   }
 
+  static constexpr int32_t kClosed = std::numeric_limits<int32_t>::min();  // lower than the key of any score
+
   const GateTask& task_;
   const Gate& a_;
   const RowLayout& layout_;
   Top top_;
   const Key keys_;
-  float* const row_;  // in shared memory
+  float* const row_;   // in shared memory
+  float* const bias_;  // in shared memory
   const int top_n_;
   float eps_, scale_;
 
   // Of the current token.
   int expert_[kRanks];
-  float score_[kRanks];
+  float score_[kRanks];  // selection scores
+  int open_ = -1;        // a bit for each chunk of this thread: whether its group is open
   float value_[kRanks];  // gates, then weights, of the chosen experts
 };
 
-template <class T, class RowLayout, bool Plain>
+template <class T, class RowLayout, Kind kind>
 __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>) gate_rows(GateTask task) {
+  using Router = RowRouter<T, RowLayout, kind>;
   const RowLayout layout(task.gate.experts);
   SIMT_DYN_SMEM(char, shared);
-  float* const rows = reinterpret_cast<float*>(shared);
-  double* const of_sums = reinterpret_cast<double*>(shared + RowRouter<T, RowLayout, Plain>::shared_bytes(blockDim.x));
-  RowRouter<T, RowLayout, Plain> router(task, layout, rows);
+  double* const of_sums = reinterpret_cast<double*>(shared + Router::shared_bytes(blockDim.x));
+  Router router(task, layout, reinterpret_cast<float*>(shared));
   for_tiles<float>(task, layout, of_sums, task.gate.all_ranks ? int(task.gate.top_n) : 1,
                    [&](TileSums<RowLayout>& sums, int64_t index) { router.run(sums, index); });
 }
 
+// Returns whether groups of experts are as RowRouter::close_groups needs them.
+template <class RowLayout>
+bool groups_fit(const Gate& a) {
+  const int64_t size = a.experts / a.expert_groups, threads = size / RowLayout::chunk;
+  return a.expert_groups == 1 || (size % RowLayout::chunk == 0 && (threads & (threads - 1)) == 0 && threads <= RowLayout::width);
+}
+
 // Returns whether `gate_rows` has the router.
 bool in_rows(const Gate& a) {
-  return a.dtype != DType::F64 && a.experts <= kMostExperts && a.top_n <= kMostRanks && a.score == Score::Softmax &&
-         !selects_by_gates(a) && a.given == nullptr && a.statistics == nullptr && !a.soft;
+  if (a.dtype == DType::F64 || a.experts > kMostExperts || a.top_n > kMostRanks || a.score == Score::SqrtSoftplus) return false;
+  if (a.given != nullptr || a.statistics != nullptr || a.soft) return false;
+  const auto fit = [&](auto* layout) { return groups_fit<std::remove_pointer_t<decltype(layout)>>(a); };
+  return element_bytes(a.dtype) == 2 ? with_layout<BFloat16>(a.experts, fit) : with_layout<float>(a.experts, fit);
+}
+
+Kind kind_of(const Gate& a) {
+  if (a.score != Score::Softmax || selects_by_gates(a)) return Kind::Gates;
+  return a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8 ? Kind::Plain : Kind::Scores;
+}
+
+template <Kind kind, class T, class RowLayout>
+GateLaunch launch_of(const Gate& a, T* /*element*/, RowLayout* layout) {
+  const size_t shared = RowRouter<T, RowLayout, kind>::shared_bytes(kBlockThreads<RowLayout>);
+  return GateLaunch(a, gate_rows<T, RowLayout, kind>, layout, 0, shared);
 }
 
 template <class T, class RowLayout>
-GateLaunch rows_launch(const Gate& a, T* /*element*/, RowLayout* layout) {
-  const bool plain = a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8;
-  const auto launch = [&](auto is_plain) {
-    constexpr bool Plain = decltype(is_plain)::value;
-    const size_t shared = RowRouter<T, RowLayout, Plain>::shared_bytes(kBlockThreads<RowLayout>);
-    return GateLaunch(a, gate_rows<T, RowLayout, Plain>, layout, 0, shared);
-  };
-  return plain ? launch(std::true_type{}) : launch(std::false_type{});
+GateLaunch rows_launch(const Gate& a, T* element, RowLayout* layout) {
+  switch (kind_of(a)) {
+    case Kind::Plain: return launch_of<Kind::Plain>(a, element, layout);
+    case Kind::Scores: return launch_of<Kind::Scores>(a, element, layout);
+    default: return launch_of<Kind::Gates>(a, element, layout);
+  }
 }
 
 // Calls f with the launch of `gate_rows`.

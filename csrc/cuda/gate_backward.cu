@@ -8,14 +8,21 @@
 namespace topn_gating::cuda {
 namespace {
 
-// Differentiates tokens. `Plain`: without noise or mask, and for at most eight ranks.
-template <class T, class RowLayout, bool Plain>
+// The most ranks of a kernel. Two threads have no registers for 16.
+template <class RowLayout>
+constexpr int most_ranks(Kind kind) {
+  return kind == Kind::Plain || RowLayout::width <= 2 ? 8 : int(kMostRanks);
+}
+
+// Differentiates tokens. `Kind::Gates` stands for sigmoids alone: a softmax that chooses by its gates has the same gradient as others.
+template <class T, class RowLayout, Kind kind>
 class RowGradient {
  public:
+  static constexpr bool Plain = kind == Kind::Plain, Sigmoid = kind == Kind::Gates;
   using Row = typename RowLayout::template Row<float>;
   using Exponentials = RowExponentials<RowLayout>;
   static constexpr int kWidth = RowLayout::width, kCount = RowLayout::count;
-  static constexpr int kMostRanks = Plain || kWidth == 1 ? 8 : 16;
+  static constexpr int kMostRanks = most_ranks<RowLayout>(kind);
   static constexpr int kRanks = kWidth < kMostRanks ? kMostRanks / kWidth : 1;  // of a thread
   static constexpr bool kOnePerThread = kRanks == 1;
   static constexpr int kRowFloats = kWidth * kCount + 4;  // and a gap, against bank conflicts
@@ -57,27 +64,14 @@ class RowGradient {
       }
       read_ranks(experts, grads, rows.upcoming());
       if constexpr (!Plain) add_noise<T>(layout_, a_, rows.token, s);
-      const Exponentials exponentials(s, highest_of<RowLayout>(s));
-      const float share = reciprocal(exponentials.sum);
-
-      scatter(exponentials, share, expert, grad, score);
-      Row q;
-      gather(q);
       const bool valid = Plain || is_valid(a_, rows.token);
-      float dot = 0;
-      TOPN_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        if (valid) q[i] += importance_[i];
-        dot += s[i] * q[i];
+      if constexpr (Sigmoid) {
+        differentiate_sigmoids(s, valid, expert, grad, score);
+      } else {
+        differentiate_softmax(s, valid, z_scale, expert, grad, score);
       }
-      float offset = -(layout_.sum(dot) * share);
-      const bool noisy = !Plain && a_.noise != nullptr;
-      if (z_scale != 0 && valid && !noisy) offset += z_scale * logsumexp(exponentials);
-      offset *= share;
-      TOPN_UNROLL
-      for (int i = 0; i < kCount; ++i) s[i] *= __fmaf_rn(q[i], share, offset);
       if constexpr (!Plain) {
-        if (z_scale != 0 && noisy) add_z_loss(rows, valid, z_scale, s);
+        if (z_scale != 0 && (Sigmoid || a_.noise != nullptr)) add_z_loss(rows, valid, z_scale, s);
         if (a_.token_mask != nullptr) clear_padding(valid, grad, s);
       }
       if (rows.in_tile) layout_.store(s, task_.plan.aligned16, out + rows.index * layout_.experts);
@@ -86,8 +80,59 @@ class RowGradient {
 
  private:
   // Returns whether the gates depend on no logit, as those of a single expert: rounding must not show.
-  __device__ __forceinline__ bool is_constant() const { return layout_.experts == 1; }
+  __device__ __forceinline__ bool is_constant() const { return !Sigmoid && layout_.experts == 1; }
   __device__ __forceinline__ int rank(int j) const { return layout_.thread + j * kWidth; }
+
+  // Turns the scores of a token into their gradient, in place.
+  __device__ __forceinline__ void differentiate_softmax(Row& s, bool valid, float z_scale, const int (&expert)[kRanks],
+                                                        const float (&grad)[kRanks], const float (&score)[kRanks]) {
+    const Exponentials exponentials(s, highest_of<RowLayout>(s));
+    const float share = reciprocal(exponentials.sum);
+    float gate[kRanks];
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) gate[j] = expert[j] >= 0 ? exponentials.of(score[j]) * share : 0.0f;
+    scatter(gate, expert, grad);
+    Row q;
+    gather(q);
+    float dot = 0;
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (valid) q[i] += importance_[i];
+      dot += s[i] * q[i];
+    }
+    float offset = -(layout_.sum(dot) * share);
+    if (z_scale != 0 && valid && (Plain || a_.noise == nullptr)) offset += z_scale * logsumexp(exponentials);
+    offset *= share;
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; ++i) s[i] *= __fmaf_rn(q[i], share, offset);
+  }
+
+  // The same for sigmoids: csrc/row.h, score_gates_backward.
+  __device__ __forceinline__ void differentiate_sigmoids(Row& s, bool valid, const int (&expert)[kRanks],
+                                                         const float (&grad)[kRanks], const float (&score)[kRanks]) {
+    float gate[kRanks];
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) gate[j] = expert[j] >= 0 ? sigmoid(score[j]).value : 0.0f;
+    scatter(gate, expert, grad);
+    float sum = 0, dot = 0;
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const ScoreGate<float> p = sigmoid(s[i]);
+      sum += p.value;
+      dot += p.value * importance_[i];
+      s[i] = p.slope;
+    }
+    sum = layout_.sum(sum);
+    const float eps = float(a_.eps), share = reciprocal(sum < eps ? eps : sum);
+    const float mean = sum < eps ? 0.0f : layout_.sum(dot) * share;
+    Row q;
+    gather(q);
+    TOPN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (valid) q[i] += (importance_[i] - mean) * share;
+      s[i] *= q[i];
+    }
+  }
 
   // Reads the expert, -1 where there is none, and the gradient of the weight of each rank of this thread.
   __device__ __forceinline__ void read_ranks(const int32_t* experts, const float* grads, int index) {
@@ -112,15 +157,14 @@ class RowGradient {
   }
 
   // Adds the gradient of the gates of the chosen experts to the row in shared memory, which holds zeros.
-  __device__ __forceinline__ void scatter(const Exponentials& exponentials, float share, const int (&expert)[kRanks],
-                                          const float (&grad)[kRanks], const float (&score)[kRanks]) {
+  __device__ __forceinline__ void scatter(const float (&gate)[kRanks], const int (&expert)[kRanks],
+                                          const float (&grad)[kRanks]) {
     if (ranks_ == 0) return;
     double sum = 0, dot = 0;
     TOPN_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      const float v = expert[j] >= 0 ? exponentials.of(score[j]) * share : 0.0f;
-      sum += double(v);
-      dot += double(v) * double(grad[j]);
+      sum += double(gate[j]);
+      dot += double(gate[j]) * double(grad[j]);
     }
     TOPN_UNROLL
     for (int by = 1; by < std::min(kWidth, kMostRanks); by *= 2) sum += shuffle_xor(sum, by), dot += shuffle_xor(dot, by);
@@ -212,16 +256,39 @@ class RowGradient {
   float grad_[kRanks];
 };
 
-template <class T, class RowLayout, bool Plain>
+template <class T, class RowLayout, Kind kind>
 __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>) gate_backward_rows(GateBackwardTask task) {
   SIMT_DYN_SMEM(float, shared);
-  RowGradient<T, RowLayout, Plain> gradient(task, shared);
+  RowGradient<T, RowLayout, kind> gradient(task, shared);
   for (int64_t tile = blockIdx.x; tile < task.plan.count; tile += gridDim.x) gradient.run(tile);
 }
 
 // Returns whether `gate_backward_rows` has the router.
 bool in_rows(const GateBackward& a) {
-  return a.dtype != DType::F64 && a.experts <= kMostExperts && a.top_n <= kMostRanks && a.score == Score::Softmax && !a.soft;
+  if (a.dtype == DType::F64 || a.experts > kMostExperts || a.score == Score::SqrtSoftplus || a.soft) return false;
+  return with_layout<float>(a.experts, [&](auto* layout) {
+    return a.top_n <= most_ranks<std::remove_pointer_t<decltype(layout)>>(Kind::Gates);
+  });
+}
+
+Kind kind_of(const GateBackward& a) {
+  if (a.score != Score::Softmax) return Kind::Gates;
+  return a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8 ? Kind::Plain : Kind::Scores;
+}
+
+template <Kind kind, class T, class RowLayout>
+GateBackwardLaunch launch_of(const GateBackward& a, T* /*element*/, RowLayout* layout) {
+  const size_t shared = RowGradient<T, RowLayout, kind>::shared_bytes(kBlockThreads<RowLayout>);
+  return GateBackwardLaunch(a, gate_backward_rows<T, RowLayout, kind>, layout, 0, shared);
+}
+
+template <class T, class RowLayout>
+GateBackwardLaunch rows_launch(const GateBackward& a, T* element, RowLayout* layout) {
+  switch (kind_of(a)) {
+    case Kind::Plain: return launch_of<Kind::Plain>(a, element, layout);
+    case Kind::Scores: return launch_of<Kind::Scores>(a, element, layout);
+    default: return launch_of<Kind::Gates>(a, element, layout);
+  }
 }
 
 // Calls f with the launch of `gate_backward_rows`.
@@ -232,16 +299,7 @@ cudaError_t with_rows_launch(const GateBackward& a, const F& f) {
     if constexpr (std::is_same_v<T, double>) {
       return cudaErrorInvalidValue;
     } else {
-      return with_layout<T>(a.experts, [&](auto* layout) {
-        using RowLayout = std::remove_pointer_t<decltype(layout)>;
-        const auto launch = [&](auto is_plain) {
-          constexpr bool Plain = decltype(is_plain)::value;
-          const size_t shared = RowGradient<T, RowLayout, Plain>::shared_bytes(kBlockThreads<RowLayout>);
-          return f(GateBackwardLaunch(a, gate_backward_rows<T, RowLayout, Plain>, layout, 0, shared));
-        };
-        const bool plain = a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8;
-        return plain ? launch(std::true_type{}) : launch(std::false_type{});
-      });
+      return with_layout<T>(a.experts, [&](auto* layout) { return f(rows_launch(a, element, layout)); });
     }
   });
 }

@@ -127,7 +127,7 @@ struct WarpLayout : ValueCount<Count> {
   using Key = Int;
   template <class T>
   using Row = Values<T, Count>;
-  static constexpr int width = Width;
+  static constexpr int width = Width, chunk = Chunk;
   static constexpr int unroll = Count > 0 ? Count : 1, accumulators = 1;
   static constexpr Scalar lowest = -std::numeric_limits<Scalar>::infinity();
   static_assert(Count > 0 || (Width == int(kWarp) && Chunk == 1));

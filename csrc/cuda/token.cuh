@@ -72,6 +72,13 @@ TilePlan plan_tiles(const GateInputs& a, int64_t bytes_per_expert, bool aligned1
 // The largest sizes of the kernels whose rows are in registers and shared by parts of a warp.
 constexpr int64_t kMostExperts = 512, kMostRanks = 16;
 
+// The routers that such a kernel is compiled for. Each kind includes those before it.
+enum class Kind {
+  Plain,   // softmax gates, experts chosen by their scores, at most eight of them; no noise and no mask
+  Scores,  // with noise, a mask and more ranks
+  Gates,   // sigmoids; a bias of the selection and groups of experts
+};
+
 // Calls f with a null pointer whose type is the layout for rows of at most kMostExperts.
 template <class T, class F>
 auto with_layout(int64_t experts, const F& f) {

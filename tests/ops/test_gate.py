@@ -167,6 +167,54 @@ def test_scores_that_differ_in_their_last_bits(backend, experts, top_n, kind):
     check(GateCase(logits, top_n), backend)
 
 
+GROUPED = {
+    "sigmoid": {"score": "sigmoid", "bias": True, "group_score": "top2"},
+    "softmax": {"group_score": "max", "mask": True},
+    "noise": {"score": "sigmoid", "bias": True, "group_score": "top2", "noise": True, "ranks": "all"},
+}
+
+
+@pytest.mark.parametrize("options", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("experts", "top_n", "groups", "top_groups"),
+    [
+        (16, 4, 2, 1),
+        (64, 8, 8, 2),
+        (64, 6, 4, 2),
+        (128, 8, 2, 1),
+        (160, 6, 8, 3),
+        (256, 8, 8, 4),
+        (256, 12, 2, 1),
+        (512, 16, 16, 5),
+    ],
+)
+def test_groups_of_many_experts(backend, experts, top_n, groups, top_groups, dtype, options):
+    case = gate_case((1, 13, experts), top_n, dtype=dtype, groups=groups, top_groups=top_groups, **options)
+    check(case, backend)
+    grads = case.random_gradients()
+    assert_near(case.backward(backend, grads), case.oracle_gradient(grads))
+
+
+def test_groups_with_equal_scores_and_nan(backend):
+    case = gate_case((1, 12, 64), 8, groups=8, top_groups=2, group_score="top2")
+    case.logits[0, :4] = case.logits[0, :4, :8].repeat(1, 8)  # all groups are equal: the first two are open
+    case.logits[0, 4, 40] = NAN
+    case.logits[0, 5, 17] = INF
+    expert = case.run(backend).expert[0]
+    assert (expert[:4] < 16).all()
+    assert_same_bits(expert[4:6], torch.arange(8).expand(2, 8).int())  # all gates of these tokens are NaN
+
+
+def test_closed_groups_lose_to_experts_that_a_bias_excludes(backend):
+    case = gate_case((1, 5, 32), 8, bias=True, groups=4, top_groups=1, group_score="max")
+    case.bias[4:8] = -INF
+    case.bias[8:] = -4
+    expert = case.run(backend).expert[0]
+    assert (expert < 8).all()
+    assert_same_bits(expert[:, 4:], torch.arange(4, 8).expand(5, 4).int())
+
+
 BAD_TOKENS = {
     "nan": lambda row: row.fill_(NAN),
     "one nan": lambda row: row[3].fill_(NAN),
