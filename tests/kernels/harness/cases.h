@@ -24,7 +24,8 @@ struct Case {
   double eps = 1e-9;
   bool aligned = true;  // whether tensors start at addresses that are multiples of 64
   bool soft = false, losses = true, noise = false, mask = false;
-  bool any_router = false;  // whether gate has a sigmoid, a bias, expert groups where these divide the experts, and statistics
+  bool any_router = false;  // whether gate has a sigmoid, a bias, expert groups where these divide the experts, and for an even
+                            // number of tokens statistics
   bool given = false;       // whether gate has given experts
   bool perturbed = false;  // whether some experts, slots, sources and offsets are replaced by others, also out of range
   bool keys = false;       // whether keys decide in assign which pairs hold slots, in the capacity layout
