@@ -5,17 +5,23 @@
 namespace topn_gating::cuda {
 namespace {
 
-// Counts the valid tokens of a group in each block.
+// Counts the valid tokens of a group in each block, 16 at a time where they are aligned.
 __global__ void count_valid_tokens(GateBackwardTask task) {
   const GateBackward& a = task.gate;
   const int64_t group = blockIdx.x;
   SIMT_DYN_SMEM(double, shared);
-  double count = 0;
-  for (int64_t i = threadIdx.x; i < a.tokens && group < a.groups; i += blockDim.x) {
-    count += a.token_mask[group * a.tokens + i] ? 1.0 : 0.0;
+  const bool* const mask = a.token_mask + group * a.tokens;
+  const int64_t tokens = group < a.groups ? a.tokens : 0, before = (16 - reinterpret_cast<uintptr_t>(mask) % 16) % 16;
+  const int64_t first = before < tokens ? before : tokens, packs = (tokens - first) / 16, rest = first + packs * 16;
+  int64_t count = 0;
+  for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
+    const uint4 pack = reinterpret_cast<const uint4*>(mask + first)[i];
+    constexpr unsigned ones = 0x01010101u;
+    count += __popc(pack.x & ones) + __popc(pack.y & ones) + __popc(pack.z & ones) + __popc(pack.w & ones);
   }
-  count = warp_sum(count);
-  if (lane_id() == 0) shared[warp_id()] = count;
+  for (int64_t i = threadIdx.x; i < tokens - packs * 16; i += blockDim.x) count += mask[i < first ? i : rest + i - first];
+  const double sum = warp_sum(double(count));
+  if (lane_id() == 0) shared[warp_id()] = sum;
   __syncthreads();
   if (threadIdx.x == 0 && group < a.groups) task.valid_tokens[group] = sum_warps(shared);
 }
@@ -183,7 +189,7 @@ cudaError_t with_any_launch(const GateBackward& a, const F& f) {
 
 cudaError_t launch_count(const GateBackwardTask& task, cudaStream_t stream) {
   if (task.gate.groups > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const unsigned warps = SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::max<int64_t>(task.gate.groups, 1));
+  const unsigned warps = 4 * SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::max<int64_t>(task.gate.groups, 1));
   const auto kernel = count_valid_tokens;
   return SIMT_LAUNCH(kernel, blocks, warps * kWarp, warps * sizeof(double), stream, task);
 }
