@@ -147,12 +147,13 @@ __device__ __forceinline__ unsigned next_ticket(unsigned* counter) {
 #endif
 }
 
-// Keeps a value in its register: the compiler must not compute it again in a loop.
+// Keeps a value in its register: the compiler must not compute it again in a loop. Pointers are to global memory.
 template <class T>
 __device__ __forceinline__ void keep([[maybe_unused]] T& value) {
 #ifndef TOPN_SIMT_HOST
   if constexpr (std::is_pointer_v<T>) {
     asm volatile("" : "+l"(value));
+    __builtin_assume(__isGlobal(value));
   } else if constexpr (std::is_floating_point_v<T>) {
     asm volatile("" : "+f"(value));
   } else {
