@@ -198,12 +198,15 @@ void simt_set_schedule(int schedule, uint64_t seed) {
 }
 void simt_set_multiprocessors(int count) { simt::settings.multiprocessors = count; }
 long simt_launches(void) { return simt::settings.launches; }
+long simt_events(void) { return simt::settings.events; }
 const char* simt_error(void) { return simt::settings.error.c_str(); }
 void simt_reset(void) {
-  simt::settings.launches = 0;
+  simt::settings.launches = simt::settings.events = 0;
   simt::settings.error.clear();
 }
 }
+
+void simt_event() { ++simt::settings.events; }
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {

@@ -104,7 +104,7 @@ struct Settings {
   int schedule = SIMT_FIFO;
   uint64_t seed = 0;
   int multiprocessors = 3;
-  long launches = 0;
+  long launches = 0, events = 0;
   std::string error;
 };
 extern Settings settings;

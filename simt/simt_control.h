@@ -22,6 +22,8 @@ SIMT_EXPORT void simt_set_multiprocessors(int count);
 // Return the number of launches since the last reset, refused ones included, and the text of the last error ("": none).
 SIMT_EXPORT long simt_launches(void);
 SIMT_EXPORT const char* simt_error(void);
-// Sets the number of launches to 0 and clears the error.
+// Returns how often kernels have called simt_event since the last reset: by it, tests see that rare code runs, and runs rarely.
+SIMT_EXPORT long simt_events(void);
+// Sets the numbers of launches and events to 0 and clears the error.
 SIMT_EXPORT void simt_reset(void);
 }

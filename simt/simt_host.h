@@ -185,5 +185,8 @@ SIMT_ORDERED_ATOMICS(long long)
 #undef SIMT_ATOMICS
 #undef SIMT_ORDERED_ATOMICS
 
+// Counts an event for tests: simt_control.h.
+void simt_event();
+
 // Adds 1 to the counter and returns its value before. Accesses before an earlier caller's ticket are visible after this one.
 inline unsigned simt_ticket(unsigned* counter) { return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL); }

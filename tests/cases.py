@@ -107,7 +107,7 @@ class GateCase:
     scale: float = 1.0
     ranks: str = "first"
     losses: bool = True
-    statistics: bool = True
+    statistics: bool = False
 
     @property
     def options(self) -> GateOptions:

@@ -275,7 +275,7 @@ class RowRouter {
 
   // Chooses the experts by their scores and indices, rank by rank.
   __device__ __forceinline__ void choose_exactly(const Row& s) {
-    using Scores = RowLayout;
+    if (lane_id() == 0) count_event();
     int32_t last = std::numeric_limits<int32_t>::max();
     int after = -1;  // candidates with the last key have a larger index
     for (int k = 0; k < top_n_; ++k) {
@@ -284,7 +284,7 @@ class RowRouter {
       float score = 0;
       TOPN_UNROLL
       for (int i = 0; i < RowLayout::count; ++i) {
-        const int32_t key = score_key<Scores>(s[i]);
+        const int32_t key = score_key<RowLayout>(s[i]);
         const int expert = layout_.index(i);
         const bool left = is_open(i) && (key < last || (key == last && expert > after));
         if (left && key > best) best = key, where = expert, score = s[i];

@@ -147,6 +147,13 @@ __device__ __forceinline__ unsigned next_ticket(unsigned* counter) {
 #endif
 }
 
+// Tells tests on the emulator that rare code runs.
+__device__ __forceinline__ void count_event() {
+#ifdef TOPN_SIMT_HOST
+  simt_event();
+#endif
+}
+
 // Keeps a value in its register: the compiler must not compute it again in a loop. Pointers are to global memory.
 template <class T>
 __device__ __forceinline__ void keep([[maybe_unused]] T& value) {
