@@ -1,42 +1,19 @@
 """Fixtures of every test file, and Hypothesis' profile."""
 
-import ctypes
 import os
-from pathlib import Path
 
 # As make does: on a machine with few cores, threads that spin at a barrier slow the others down. torch reads it when imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from cases import Backend, SimtBackend
+from backends import BACKENDS, DEVICES
 from hypothesis import settings
 
-from topn_gating import build_info
 from topn_gating.registry import OPERATORS
 
 settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=200, database=None)
 settings.load_profile("same every time")
-
-# What `make` builds of tests/kernels; a machine with a GPU may do without.
-SIMT = Path(os.environ.get("TOPN_GATING_SIMT", Path(__file__).parents[1] / "build/cmake/libtopn_gating_simt.so"))
-
-
-def backends() -> dict[str, Backend]:
-    """Where the operator tests run: the CPU, the CUDA kernels on the host, a GPU where there is one."""
-    found = {"cpu": Backend("topn_gating", "cpu")}
-    if SIMT.exists():
-        torch.ops.load_library(str(SIMT))
-        # Sanitizers of memory ask for one schedule: an access is in bounds in all of them, or the results differ.
-        schedules = int(os.environ.get("TOPN_GATING_SIMT_SCHEDULES", 4))
-        found["simt"] = SimtBackend("topn_gating_simt", "cpu", ctypes.CDLL(str(SIMT)), schedules)
-    if torch.cuda.is_available() and build_info()["cuda"] is not None:
-        found["cuda"] = Backend("topn_gating", "cuda")
-    return found
-
-
-BACKENDS = backends()
-DEVICES = sorted({b.device for b in BACKENDS.values() if b.namespace == "topn_gating"})
 
 ENTRY_POINTS = {
     "torch.ops": lambda name: getattr(torch.ops.topn_gating, name),

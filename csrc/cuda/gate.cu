@@ -94,11 +94,13 @@ class RowRouter {
       TOPN_UNROLL
       for (int i = 0; i < RowLayout::count; ++i) s[i] = canonical(s[i]);
       float share;  // of the gates in the sums
+      if constexpr (!Plain) read_given(rows.token);
       if constexpr (kind == Kind::Gates) {
         share = choose_by_gates(sums, logs, s, counted && has_logs);
       } else {
         choose(s);
-        const Exponentials exponentials(s, RowLayout::from(0, score_[0]));
+        const bool best_is_known = Plain || a_.given == nullptr;
+        const Exponentials exponentials(s, best_is_known ? RowLayout::from(0, score_[0]) : highest_of<RowLayout>(s));
         share = reciprocal(exponentials.sum);
         TOPN_UNROLL
         for (int j = 0; j < kRanks; ++j) value_[j] = exponentials.of(score_[j]) * share;
@@ -107,7 +109,11 @@ class RowRouter {
       weigh();
       if (rows.in_tile) write(experts, weights, rows.index);
       if (a_.losses) {
-        if (counted) sums.add_gates(s, share), count(sums);
+        if (counted) {
+          sums.add_gates(s, share);
+          count(sums);
+          if (!Plain && a_.given != nullptr && layout_.thread == 0) sums.count_valid();
+        }
         sums.next_token();
       }
     }
@@ -151,7 +157,7 @@ class RowRouter {
       for (int i = 0; i < RowLayout::count; ++i) {
         if (!layout_.valid(i)) selection[i] = RowLayout::lowest;
       }
-      if (a_.expert_groups > 1) close_groups(selection);
+      if (a_.expert_groups > 1 && a_.given == nullptr) close_groups(selection);
     }
     choose(selection);
     look_up(s, value_);
@@ -204,8 +210,21 @@ class RowRouter {
   // Returns whether value i of this thread is in an open group.
   __device__ __forceinline__ bool is_open(int i) const { return kind != Kind::Gates || (open_ >> i / RowLayout::chunk & 1) != 0; }
 
-  // docs/spec.md, step 5: chooses by selection scores.
+  // Reads the experts that a caller chose for a token; -1 stands for none.
+  __device__ __forceinline__ void read_given(int64_t token) {
+    if (a_.given == nullptr) return;
+    TOPN_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      expert_[j] = -1;
+      if (rank(j) >= top_n_) continue;
+      const int32_t given = a_.given[token * top_n_ + rank(j)];
+      if (unsigned(given) < unsigned(layout_.experts)) expert_[j] = given;
+    }
+  }
+
+  // docs/spec.md, step 5: chooses by selection scores, unless the experts are given.
   __device__ __forceinline__ void choose(const Row& s) {
+    if (!Plain && a_.given != nullptr) return look_up(s, score_);
     int32_t last = std::numeric_limits<int32_t>::max();
     TOPN_UNROLL
     for (int round = 0; round < kRounds; ++round) {
@@ -242,7 +261,7 @@ class RowRouter {
     }
     __syncwarp();
     TOPN_UNROLL
-    for (int j = 0; j < kRanks; ++j) values[j] = row_[expert_[j]];
+    for (int j = 0; j < kRanks; ++j) values[j] = row_[Plain || expert_[j] >= 0 ? expert_[j] : 0];
     __syncwarp();
   }
 
@@ -304,7 +323,7 @@ class RowRouter {
     float sum = 0;
     TOPN_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      if (rank(j) >= top_n_) value_[j] = 0;
+      if (rank(j) >= top_n_ || (!Plain && expert_[j] < 0)) value_[j] = 0;
       sum += value_[j];
     }
     if (!a_.normalize) {
@@ -332,7 +351,7 @@ class RowRouter {
   __device__ __forceinline__ void count(TileSums<RowLayout>& sums) const {
     TOPN_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      if (rank(j) < (a_.all_ranks ? top_n_ : 1)) sums.count(expert_[j]);
+      if (rank(j) < (a_.all_ranks ? top_n_ : 1) && (Plain || expert_[j] >= 0)) sums.count(expert_[j]);
     }
   }
 
@@ -369,7 +388,8 @@ __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowL
   SIMT_DYN_SMEM(char, shared);
   double* const of_sums = reinterpret_cast<double*>(shared + Router::shared_bytes(blockDim.x));
   Router router(task, layout, reinterpret_cast<float*>(shared));
-  for_tiles<float>(task, layout, of_sums, task.gate.all_ranks ? int(task.gate.top_n) : 1,
+  const int counted_ranks = task.gate.given != nullptr ? 0 : task.gate.all_ranks ? int(task.gate.top_n) : 1;
+  for_tiles<float>(task, layout, of_sums, counted_ranks,
                    [&](TileSums<RowLayout>& sums, int64_t index) { router.run(sums, index); });
 }
 
@@ -383,14 +403,14 @@ bool groups_fit(const Gate& a) {
 // Returns whether `gate_rows` has the router.
 bool in_rows(const Gate& a) {
   if (a.dtype == DType::F64 || a.experts > kMostExperts || a.top_n > kMostRanks || a.score == Score::SqrtSoftplus) return false;
-  if (a.given != nullptr || a.statistics != nullptr || a.soft) return false;
+  if (a.statistics != nullptr || a.soft) return false;
   const auto fit = [&](auto* layout) { return groups_fit<std::remove_pointer_t<decltype(layout)>>(a); };
   return element_bytes(a.dtype) == 2 ? with_layout<BFloat16>(a.experts, fit) : with_layout<float>(a.experts, fit);
 }
 
 Kind kind_of(const Gate& a) {
   if (a.score != Score::Softmax || selects_by_gates(a)) return Kind::Gates;
-  return a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8 ? Kind::Plain : Kind::Scores;
+  return a.noise == nullptr && a.token_mask == nullptr && a.given == nullptr && a.top_n <= 8 ? Kind::Plain : Kind::Scores;
 }
 
 template <Kind kind, class T, class RowLayout>

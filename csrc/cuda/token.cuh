@@ -75,7 +75,7 @@ constexpr int64_t kMostExperts = 512, kMostRanks = 16;
 // The routers that such a kernel is compiled for. Each kind includes those before it.
 enum class Kind {
   Plain,   // softmax gates, experts chosen by their scores, at most eight of them; no noise and no mask
-  Scores,  // with noise, a mask and more ranks
+  Scores,  // with noise, a mask, more ranks and given experts
   Gates,   // sigmoids; a bias of the selection and groups of experts
 };
 

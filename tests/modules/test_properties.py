@@ -291,10 +291,18 @@ def sample() -> list[torch.Tensor]:
     cpu, results = Backend("topn_gating", "cpu"), []
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for experts, top_n, soft in ((16, 2, False), (33, 3, True), (257, 8, False)):
-            case = gate_case((2, 29, experts), top_n, dtype=dtype, mask=True, soft=soft)
+            case = gate_case((2, 29, experts), top_n, dtype=dtype, mask=True, soft=soft, statistics=True)
             results += [*case.run(cpu), case.backward(cpu, case.random_gradients())]
         for score in SCORES:
-            router = {"score": score, "bias": True, "groups": 4, "top_groups": 2, "scale": 2.5, "ranks": "all"}
+            router = {
+                "score": score,
+                "bias": True,
+                "groups": 4,
+                "top_groups": 2,
+                "scale": 2.5,
+                "ranks": "all",
+                "statistics": True,
+            }
             case = gate_case((2, 29, 32), 3, dtype=dtype, mask=True, **router)
             results += [*case.run(cpu), case.backward(cpu, case.random_gradients())]
         a = assignment((2, 40), 9, 3, 11, dtype=dtype)

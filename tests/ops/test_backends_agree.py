@@ -5,9 +5,9 @@ Integers are equal to the bit; NaN and infinities stand in the same places; the 
 
 import pytest
 import torch
+from backends import BACKENDS
 from cases import Backend, assign_case, assignment, gate_case
 from compare import assert_near, assert_same_bits
-from conftest import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
