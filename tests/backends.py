@@ -19,7 +19,7 @@ def backends() -> dict[str, Backend]:
     if SIMT.exists():
         torch.ops.load_library(str(SIMT))
         # Sanitizers of memory ask for one schedule: an access is in bounds in all of them, or the results differ.
-        schedules = int(os.environ.get("TOPN_GATING_SIMT_SCHEDULES", 4))
+        schedules = int(os.environ.get("TOPN_GATING_SIMT_SCHEDULES", 3))
         found["simt"] = SimtBackend("topn_gating_simt", "cpu", ctypes.CDLL(str(SIMT)), schedules)
     if torch.cuda.is_available() and build_info()["cuda"] is not None:
         found["cuda"] = Backend("topn_gating", "cuda")
