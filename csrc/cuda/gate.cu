@@ -253,7 +253,7 @@ class RowRouter {
     }
   }
 
-  // Writes the chosen experts' values in a row.
+  // Looks up the values that the chosen experts have in a row.
   __device__ __forceinline__ void look_up(const Row& s, float (&values)[kRanks]) {
     TOPN_UNROLL
     for (int i = 0; i < RowLayout::count; i += 4) {
@@ -355,9 +355,8 @@ class RowRouter {
     }
   }
 
-  // Adds the logsumexp of a token's logits, where its scores have noise.
-  __device__ __forceinline__ void add_logits(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, const Row& z,
-                                             bool counted) {
+  // Adds the logsumexp of a token's logits, where it does not come with the gates.
+  __device__ __forceinline__ void add_logits(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, const Row& z, bool counted) {
     Row logits = z;
     logs.add(sums, counted, Exponentials(logits, highest_of<RowLayout>(z)));
   }

@@ -38,7 +38,8 @@ class PackedKeys {
     if constexpr (kBits == 8) return int32_t(select_bytes(unsigned(ordered), word, 0x3214 + i % kPerWord));
     return (ordered & ~kMask) | int32_t(i % kPerWord == 0 ? word & 0xffffu : word >> 16);
   }
-  static __device__ __forceinline__ int expert(int32_t key) { return kMask - (key & kMask); }
+  // Returns the expert: for any integer one of a row's places.
+  static __device__ __forceinline__ int expert(int32_t key) { return ~key & (kPlaces - 1); }
   // Returns the score; where keys are not exact, its upper bits followed by zeros.
   static __device__ __forceinline__ float score(int32_t key) {
     return __int_as_float((key ^ ((key >> 31) & 0x7fffffff)) & (Exact ? 0xffffe000 : ~kMask));
