@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense 
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants wheel install-check wheel-check cuda-check sass clean
+.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants wheel install-check hub-check wheel-check cuda-check sass clean
 
 demo: $(VENV)/built
 	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
@@ -83,6 +83,13 @@ wheel: $(VENV)/installed
 install-check: wheel
 	$(PIP) install --no-deps --upgrade --target build/site dist/*.whl
 	cd build/site && PYTHONPATH=. ../../$(RUN) ../../tests/installed.py
+
+# Lays out a repository for the Kernels Hub in build/hub and runs it, loaded from there, beside the package of this checkout.
+HUB_NAMESPACE := _topn_gating_$(or $(shell git rev-parse --short=7 HEAD 2>/dev/null),local)
+hub-check: $(VENV)/built
+	TOPN_GATING_NAMESPACE=$(HUB_NAMESPACE) $(RUN) setup.py --quiet hub
+	$(PIP) install --upgrade --target build/hub/site kernels==0.17.2
+	PYTHONPATH=build/hub/site:. $(RUN) tests/from_hub.py build/hub
 
 # Runs the wheel with other versions of torch, each in an environment of its own. The index may have old versions with CUDA alone,
 # which are several gigabytes.

@@ -1,16 +1,21 @@
 """Builds topn_gating._C. Needs torch in the environment: pip install --no-build-isolation .
 
+TOPN_GATING_NAMESPACE is the operators' namespace, if not topn_gating. `python setup.py hub` lays out a repository for the Kernels
+Hub, which needs one of its own.
+
 TOPN_GATING_CUDA=auto (the default) builds the CUDA kernels where torch has CUDA and nvcc is found; 1 builds them or fails,
 for a torch without CUDA too; 0 leaves them out. TORCH_CUDA_ARCH_LIST chooses their architectures.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import setup
+from setuptools import Command, setup
 
 try:
     import torch
@@ -28,6 +33,41 @@ ROOT = Path(__file__).parent
 # the stream comes from libtorch_cuda.
 STABLE_ABI, STABLE_ABI_OF_STREAM = "0x020a000000000000", "0x020d000000000000"
 STREAM_IN_ABI = torch.__version__ >= (2, 13)
+
+
+NAMESPACE = os.environ.get("TOPN_GATING_NAMESPACE") or "topn_gating"
+if not re.fullmatch(r"[A-Za-z_]\w*", NAMESPACE):
+    raise SystemExit(f"TOPN_GATING_NAMESPACE must be an identifier, got {NAMESPACE!r}.")
+
+
+class Hub(Command):
+    """``setup.py hub``: build/hub, a repository as the Kernels Hub and the package kernels want it, with this build alone."""
+
+    description = "lay out a repository for the Kernels Hub"
+    user_options: ClassVar = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        if NAMESPACE == "topn_gating":
+            raise SystemExit("setup.py hub needs TOPN_GATING_NAMESPACE, a namespace that no other build has.")
+        shutil.rmtree("build/hub", ignore_errors=True)
+        build = self.reinitialize_command("build", build_base="build/hub/objects", build_lib="build/hub/lib")
+        build.ensure_finalized()
+        build.run()
+        major, minor = torch.__version__.split(".")[:2]
+        backend = f"cu{torch.version.cuda.replace('.', '')}" if nvcc and torch.version.cuda else "cpu"
+        folder = Path("build/hub/build", f"torch{major}{minor}-cxx11-{backend}-{os.uname().machine}-linux")
+        shutil.copytree("build/hub/lib/topn_gating", folder)
+        code = (ROOT / "topn_gating/_ops.py").read_text().split("\n", 1)[1].replace("topn_gating", NAMESPACE)
+        (folder / "_ops.py").write_text(f'"""The namespace of the operators of this build."""\n{code}')
+        about = {"id": NAMESPACE, "name": "topn-gating", "version": 1, "license": "MIT", "python-depends": []}
+        about["backend"] = {"type": "cuda" if nvcc else "cpu"}
+        (folder / "metadata.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def find_nvcc() -> str | None:
@@ -102,6 +142,7 @@ def extension(nvcc: str | None):
         define_macros=[
             ("TORCH_TARGET_VERSION", STABLE_ABI_OF_STREAM if nvcc and STREAM_IN_ABI else STABLE_ABI),
             ("TOPN_BUILD_TORCH", f'"{torch.__version__}"'),
+            ("TOPN_NAMESPACE", NAMESPACE),
         ],
         extra_compile_args={
             "cxx": [*flags, "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"],
@@ -118,6 +159,6 @@ def extension(nvcc: str | None):
 nvcc = cuda_compiler()
 setup(
     ext_modules=[extension(nvcc)],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": cpp_extension.BuildExtension, "hub": Hub},
     options={"build": {"build_base": "build/cuda" if nvcc else "build/cpu"}},  # so that each build keeps its object files
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import Function
 
+from ._ops import add_op_namespace_prefix, ops
 from .dtypes import without_autocast
 from .eager import asks_for_gradient, below_autograd, run, transforms_active
 
@@ -56,7 +57,7 @@ class NoSecondDerivative(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        refuse, some_grad = torch.ops.topn_gating.no_second_derivative, next(g for g in grads if g is not None)
+        refuse, some_grad = ops.no_second_derivative, next(g for g in grads if g is not None)
         return tuple(None if t is None else refuse(some_grad, t) for t in ctx.saved_tensors)
 
     @staticmethod
@@ -103,11 +104,11 @@ def vmap_rule(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 OPERATORS: dict[str, type[Operator]] = {}
-_library = torch.library.Library("topn_gating", "FRAGMENT")
+_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "FRAGMENT")
 _library.define("no_second_derivative(Tensor grad, Tensor input) -> Tensor grad_input")
 for _key in ("CPU", "CUDA", "FuncTorchDynamicLayerFrontMode"):
     _library.impl("no_second_derivative", _no_second_derivative, _key)
-torch.library.register_fake("topn_gating::no_second_derivative", lambda grad, input: torch.empty_like(input))
+torch.library.register_fake(add_op_namespace_prefix("no_second_derivative"), lambda grad, input: torch.empty_like(input))
 _Class = TypeVar("_Class", bound=type[Operator])
 
 
@@ -115,8 +116,8 @@ def operator(name: str) -> Callable[[_Class], _Class]:
     """Registers a class as ``torch.ops.topn_gating.<name>`` and ``<name>_backward``: autograd, vmap, results without data."""
 
     def register(function: _Class) -> _Class:
-        forward: OpOverload = getattr(torch.ops.topn_gating, name).default
-        backward: OpOverload = getattr(torch.ops.topn_gating, f"{name}_backward").default
+        forward: OpOverload = getattr(ops, name).default
+        backward: OpOverload = getattr(ops, f"{name}_backward").default
         members: dict[str, Callable[..., Any]] = {
             "call": _caller(function, forward),
             "forward": _kernel(forward),
@@ -168,7 +169,7 @@ def _kernel(overload: OpOverload) -> Callable[..., Any]:
 
 def _without_gradient(overload: OpOverload) -> OpOverload:
     """Returns ``<name>_kernel``, the operator without a kernel of its own for autograd."""
-    kernel: OpOverload = getattr(torch.ops.topn_gating, f"{overload._opname}_kernel").default
+    kernel: OpOverload = getattr(ops, f"{overload._opname}_kernel").default
     return kernel
 
 

@@ -28,7 +28,7 @@ struct Cpu {
 }  // namespace
 }  // namespace topn_gating::binding
 
-STABLE_TORCH_LIBRARY_IMPL(topn_gating, CPU, m) {
+TOPN_LIBRARY_IMPL(CPU, m) {
   using namespace topn_gating::binding;
   using Backend = Cpu;
   TOPN_GATING_OPERATORS(TOPN_GATING_IMPLEMENT)

@@ -36,7 +36,7 @@ class Cuda : DeviceGuard, public Launchers {
 }  // namespace
 }  // namespace topn_gating::binding
 
-STABLE_TORCH_LIBRARY_IMPL(topn_gating, CUDA, m) {
+TOPN_LIBRARY_IMPL(CUDA, m) {
   using namespace topn_gating::binding;
   using Backend = Cuda;
   TOPN_GATING_OPERATORS(TOPN_GATING_IMPLEMENT)

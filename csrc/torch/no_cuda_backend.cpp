@@ -25,7 +25,7 @@ struct NoCuda {
 }  // namespace
 }  // namespace topn_gating::binding
 
-STABLE_TORCH_LIBRARY_IMPL(topn_gating, CUDA, m) {
+TOPN_LIBRARY_IMPL(CUDA, m) {
   using namespace topn_gating::binding;
   using Backend = NoCuda;
   TOPN_GATING_OPERATORS(TOPN_GATING_IMPLEMENT)

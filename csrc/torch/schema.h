@@ -1,6 +1,16 @@
 // The operators: name and schema of each, once. The meaning of the arguments stands in csrc/router.h.
 #pragma once
 
+// The namespace of the operators, torch.ops.<TOPN_NAMESPACE>: a build for the Kernels Hub has one of its own.
+#ifndef TOPN_NAMESPACE
+#define TOPN_NAMESPACE topn_gating
+#endif
+// STABLE_TORCH_LIBRARY and STABLE_TORCH_LIBRARY_IMPL, whose first argument is not expanded, of that namespace.
+#define TOPN_LIBRARY_OF(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define TOPN_LIBRARY(m) TOPN_LIBRARY_OF(TOPN_NAMESPACE, m)
+#define TOPN_LIBRARY_IMPL_OF(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#define TOPN_LIBRARY_IMPL(key, m) TOPN_LIBRARY_IMPL_OF(TOPN_NAMESPACE, key, m)
+
 // The fields of GateOptions.
 #define TOPN_GATING_OPTIONS                                                                                                    \
   " float eps, float noise_mult, bool soft, int score, int expert_groups, int top_groups, int group_score, bool normalize,"   \
