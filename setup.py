@@ -1,7 +1,7 @@
 """Builds topn_gating._C. Needs torch in the environment: pip install --no-build-isolation .
 
-TOPN_GATING_NAMESPACE is the operators' namespace, if not topn_gating. `python setup.py hub` lays out a repository for the Kernels
-Hub, which needs one of its own.
+TOPN_GATING_NAMESPACE is the operators' namespace, if not topn_gating. `python setup.py hub` lays out a repository for the
+Kernels Hub, which needs one of its own.
 
 TOPN_GATING_CUDA=auto (the default) builds the CUDA kernels where torch has CUDA and nvcc is found; 1 builds them or fails,
 for a torch without CUDA too; 0 leaves them out. TORCH_CUDA_ARCH_LIST chooses their architectures.

@@ -122,6 +122,17 @@ def test_scores_far_apart(backend, offset, soft):
     check(GateCase(logits, 33 if not soft else 4, soft=soft), backend)
 
 
+def test_given_experts_far_below_the_best(backend):
+    logits = torch.randn(2, 9, 20)
+    logits[..., 0] += 300
+    given = 1 + torch.rand(2, 9, 19).argsort(-1)[..., :3].int()
+    case = GateCase(logits, 3, given=given, normalize=False)
+    out, expected = case.run(backend), case.oracle()
+    torch.testing.assert_close(out.weight.double(), expected.weight, rtol=0, atol=1e-37)
+    torch.testing.assert_close(out.importance.double(), expected.importance, rtol=1e-6, atol=1e-37)
+    assert_relative(out.router_z_loss, expected.router_z_loss)
+
+
 @pytest.mark.parametrize("u", [0.0, 1e-38, 1e-20, 1e-3, 0.5, 1 - 2**-24])
 def test_noise_at_the_ends_of_its_range(backend, u):
     case = gate_case((2, 5, 7), 2)
