@@ -88,16 +88,19 @@ PART = 4 * 32 * 16  # bytes of a row that a warp reads at once
 def assign(e: int, k: int) -> Row:
     """Returns the row of the loops over the pairs; the scans and barriers between them do not depend on tokens."""
     pairs = 4 * 32  # of an iteration
+    warps, pitch, steps = 32, 36, 8
+    ints = warps * e + 2 * k * e + 2 * e + 1 + 4 * warps * pitch
     return Row(
         name=f"assign, e={e}, k={k}",
         unit="csrc/cuda/assign.cu",
-        kernel=r"^assign_pairs<float, \(Slots\)0>",
+        kernel=r"^assign_pairs<float, \(Slots\)0, \(Memory\)0>",
         tokens=pairs / k,
         moved=k * 5 * 4 + ROWS_PER_TOKEN * 4,
-        rare={r": return a\.token_mask == nullptr": 0.0},
-        threads=512,
-        shared=(17 * k * e + e) * 4,
-        loops=r"^(count|give_slots):",
+        trips={r"^give: .*(place_of\(unit\)|write\(place)": 0},  # with more than 32 ranks
+        rare={r": if \(a\.token_mask != nullptr\)|valid\[u\] = mask": 0.0, r"is_above_threshold|Policy::All": 0.0},
+        threads=32 * warps,
+        shared=ints * 4 + steps * warps * pitch * 2,
+        loops=r"^(count|give):",
     )
 
 

@@ -1,10 +1,12 @@
 // docs/spec.md, steps 7 and 8, on a GPU.
 //
-// The pairs of a group are a sequence that is divided into tiles, one for each block, and these into runs, one for each warp. A
-// bin is a rank and an expert, or in the dropless layout an expert. Each run counts its routed pairs by bin; sums of the counts
-// over lower ranks, earlier tiles and earlier runs are the run's first slots, from which it gives its pairs their slots in order.
-// Where keys decide which pairs hold a slot, these numbers are instead the pairs' places in the queues of their experts, and a
-// warp for each expert then gives its slots to the pairs of its queue that have the largest keys. All of this is in integers, so
+// A bin is a line and an expert (pairs.cuh). Each team counts the routed pairs of its run by bin; sums of the counts over lower
+// ranks, earlier tiles and earlier runs are the run's first slots, from which its warps, one for each line, give the pairs
+// their slots in order. Tensors are read and written pair by pair, as they lie in memory, and once: in between, a block keeps
+// the pairs' experts, and whether they are routed, transposed: a warp finds 32 pairs of a line side by side.
+//
+// Where keys decide which pairs hold a slot, the slots are instead the pairs' places in the queues of their experts, and a warp
+// for each expert then gives its slots to the pairs of its queue that have the largest keys. All of this is in integers, so
 // every schedule gives the same bits.
 #include "assignment.h"
 #include "cuda/kernels.h"
@@ -13,107 +15,178 @@
 namespace topn_gating::cuda {
 namespace {
 
-constexpr int64_t kNoBin = -1;
-
 enum class Slots { InOrder, ByKeys, Dropless };
 
-template <class T>
-__device__ __forceinline__ bool is_routed(const Assign& a, int64_t at, int rank) {
-  if (rank == 0) return true;
-  const T *weight = static_cast<const T*>(a.weight), *threshold = static_cast<const T*>(a.threshold);
-  switch (a.policy) {
-    case Policy::Random: {
-      const T draw = static_cast<const T*>(a.draws)[at];
-      return is_below_probability(draw, weight[at], threshold[rank], T(a.eps));
-    }
-    case Policy::Threshold: return is_above_threshold(weight[at], threshold[rank]);
-    case Policy::All: return true;
-    case Policy::None: return false;
-  }
-  return false;
+// A lane's pair in a step.
+struct Place {
+  unsigned pair;   // token * top_n + rank in the group; beyond its end, there is no pair
+  unsigned rank;
+  unsigned unit;   // unit of the pair's line
+  unsigned entry;  // of the pair in the step
+};
+
+// Pairs of a queue that a warp reads at once.
+constexpr int32_t kOfQueue = int32_t(kStepsAtOnce * kWarp);
+
+// Returns whether a lane that starts there has a pair of the queue in a step.
+__device__ __forceinline__ bool in_queue(int32_t start, unsigned step, int32_t count) {
+  return start + int32_t(step * kWarp) < count;
 }
 
 // A block's tile of its group.
-template <class T, Slots S>
+template <class T, Slots S, Memory M>
 struct Block {
   using Key = decltype(order_of(T()));
   static constexpr bool kDropless = S == Slots::Dropless, kByKeys = S == Slots::ByKeys;
+  static constexpr Code<M> kNone = kNotRouted<M>;
 
   const AssignTask& task;
   const Assign& a;
+  const unsigned experts;
   const int64_t group;
   const unsigned tile;
-  int32_t* counters;  // (warps, warp_ints) routed pairs of each run; later the number of those before the pairs that follow
-  int32_t* first;     // (bins) the tile's first slot
-  int32_t* demand;    // (e) routed pairs of the group
-  int32_t* starts;    // (e + 1) dropless the first row of each expert, with keys that of its queue, and the end of the last
+  int32_t* const counters;  // (units, e) routed pairs; later the number of those before the pairs that follow
+  int32_t* const first;     // (bins) routed pairs of earlier tiles, then the tile's first slot
+  int32_t* const totals;    // (bins) routed pairs of the group
+  int32_t* const demand;    // (e) the same, of all lines
+  int32_t* const starts;    // (e + 1) dropless each expert's first row, with keys that of its queue, and the end of the last
+  int32_t* const slots;     // (steps at once, units, pitch) slots, or places in the queues
+  Code<M>* const codes;     // (steps, units, pitch)
 
-  __device__ Block(const AssignTask& t, int32_t* memory)
-      : task(t), a(t.assign), group(blockIdx.x / t.tiles), tile(blockIdx.x % t.tiles), counters(memory),
-        first(counters + t.warps * t.warp_ints), demand(first + t.bins), starts(demand + t.assign.experts) {}
+  __device__ Block(const AssignTask& t, int32_t* shared)
+      : task(t), a(t.assign), experts(unsigned(t.assign.experts)), group(blockIdx.x / t.tiles), tile(blockIdx.x % t.tiles),
+        counters(M == Memory::Workspace ? t.block_memory + blockIdx.x * t.block_ints : shared), first(counters + t.counters),
+        totals(first + t.bins), demand(totals + t.bins), starts(demand + experts), slots(starts + experts + 1),
+        codes(M == Memory::Shared ? reinterpret_cast<Code<M>*>(shared + t.block_ints)
+                                  : static_cast<Code<M>*>(t.codes) + blockIdx.x * t.entries()) {}
 
-  __device__ int32_t* own_counters() const { return counters + warp_id() * task.warp_ints; }
-  __device__ uint32_t* routed() const { return task.routed + group * task.words(); }
   __device__ int32_t* counts(unsigned t) const { return task.counts + (group * task.tiles + t) * task.bins; }
-  __device__ int32_t* totals() const { return task.totals + group * task.bins; }
+  __device__ int32_t* group_totals() const { return task.totals + group * task.bins; }
   __device__ Key* keys() const { return static_cast<Key*>(task.keys) + group * task.pairs; }
   __device__ int32_t* queues() const { return task.queues + group * task.pairs; }
 
+  // Returns the group's part of a tensor (g, n, k).
+  template <class Element>
+  __device__ __forceinline__ Element* pairs_of(Element* tensor) const {
+    return tensor + group * task.pairs;
+  }
+  __device__ __forceinline__ const T* scalars_of(const void* tensor) const { return pairs_of(static_cast<const T*>(tensor)); }
+
+  // Returns a lane's pair in the first step of a unit, whose 32 pairs are those that lie side by side in memory.
+  __device__ __forceinline__ Place place_of(unsigned unit) const {
+    const unsigned team = unit / task.lines, top_n = unsigned(a.top_n);
+    const unsigned item = (tile * task.teams + team) * task.steps * kWarp;  // place in a line of the run's first pairs
+    Place place;
+    place.pair = item * task.lines + unit % task.lines * kWarp + lane_id();
+    place.rank = place.pair % top_n;
+    place.unit = kDropless ? unit : team * task.lines + place.rank;
+    place.entry = place.unit * kPitch + (kDropless ? lane_id() : place.pair / top_n - item);
+    return place;
+  }
+  __device__ __forceinline__ void move_on(Place& place) const {
+    place.pair += kWarp * task.lines;
+    if constexpr (kDropless) {
+      const unsigned top_n = unsigned(a.top_n);
+      place.rank += kWarp % top_n;
+      if (place.rank >= top_n) place.rank -= top_n;
+    }
+  }
+
   __device__ void clear() const {
-    for (int64_t i = threadIdx.x; i < task.warps * task.warp_ints; i += blockDim.x) counters[i] = 0;
+    const unsigned count = task.units() * experts;
+    for (unsigned i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
   }
 
-  __device__ __forceinline__ int64_t bin_of(int rank, int64_t expert) const {
-    return kDropless ? expert : rank * a.experts + expert;
+  // A lane's pairs in several steps, and what decides whether they are routed.
+  struct Operands {
+    unsigned pair[kStepsAtOnce];
+    bool first_rank[kStepsAtOnce];
+    int32_t expert[kStepsAtOnce];  // out of range where there is no valid pair
+    T weight[kStepsAtOnce], draw[kStepsAtOnce], threshold[kStepsAtOnce];
+  };
+
+  // Reads them, where there is no pair of the group's last, and moves the place on.
+  __device__ __forceinline__ Operands read(Place& place) const {
+    const auto for_steps = [](const auto& f) {
+      TOPN_UNROLL
+      for (unsigned u = 0; u < kStepsAtOnce; ++u) f(u);
+    };
+    const bool compares = a.policy == Policy::Random || a.policy == Policy::Threshold;
+    const T* const thresholds = static_cast<const T*>(a.threshold);
+    Operands o{};
+    bool valid[kStepsAtOnce];
+    T threshold = compares ? thresholds[place.rank] : T(0);
+    for_steps([&](unsigned u) {
+      valid[u] = place.pair < task.pairs;
+      o.pair[u] = valid[u] ? place.pair : task.pairs - 1;
+      o.first_rank[u] = place.rank == 0;
+      o.threshold[u] = threshold;
+      move_on(place);
+      if (kDropless && compares) threshold = thresholds[place.rank];
+    });
+    for_steps([&](unsigned u) {
+      o.expert[u] = pairs_of(a.expert)[o.pair[u]];
+      if (!valid[u]) o.expert[u] = -1;
+    });
+    if (compares) for_steps([&](unsigned u) { o.weight[u] = scalars_of(a.weight)[o.pair[u]]; });
+    if (a.policy == Policy::Random) for_steps([&](unsigned u) { o.draw[u] = scalars_of(a.draws)[o.pair[u]]; });
+    if (a.token_mask != nullptr) {
+      const bool* const mask = a.token_mask + group * a.tokens;
+      for_steps([&](unsigned u) { o.expert[u] = mask[o.pair[u] / unsigned(a.top_n)] ? o.expert[u] : -1; });
+    }
+    return o;
   }
 
-  // Returns the pair's bin, or kNoBin where it is not routed.
-  __device__ __forceinline__ int64_t routed_bin(const Pair& pair) const {
-    if (!pair.in_run) return kNoBin;
-    const int64_t at = group * task.pairs + pair.index;
-    const int64_t expert = a.expert[at];
-    if (expert < 0 || expert >= a.experts) return kNoBin;
-    if (a.token_mask != nullptr && !a.token_mask[group * a.tokens + pair.token]) return kNoBin;
-    return is_routed<T>(a, at, pair.rank) ? bin_of(pair.rank, expert) : kNoBin;
+  // Calls f(u, whether the pair of step u is routed). Without a comparison, the operands are 0.
+  template <class F>
+  __device__ __forceinline__ void for_routed(const Operands& o, const F& f) const {
+    const auto for_steps = [&](const auto& passes) {
+      TOPN_UNROLL
+      for (unsigned u = 0; u < kStepsAtOnce; ++u) f(u, unsigned(o.expert[u]) < experts && (o.first_rank[u] || passes(u)));
+    };
+    if (a.policy == Policy::Random) {
+      for_steps([&](unsigned u) { return is_below_probability(o.draw[u], o.weight[u], o.threshold[u], T(a.eps)); });
+    } else {
+      const bool all = a.policy == Policy::All;
+      for_steps([&](unsigned u) { return all || is_above_threshold(o.weight[u], o.threshold[u]); });
+    }
   }
 
-  // Counts the routed pairs of this warp's run by bin, and notes which pairs are routed.
+  // Counts the routed pairs of the runs by bin, and notes their experts.
   __device__ void count() const {
-    int32_t* const own = own_counters();
-    for (Run run(task, tile); run.more();) {
-      Pair pair[kStepsAtOnce];
-      int64_t bin[kStepsAtOnce];
-      TOPN_UNROLL
-      for (int u = 0; u < kStepsAtOnce; ++u) {
-        pair[u] = run.next();
-        bin[u] = routed_bin(pair[u]);
-      }
-      TOPN_UNROLL
-      for (int u = 0; u < kStepsAtOnce; ++u) {
-        const unsigned word = ballot(bin[u] != kNoBin);
-        if (lane_id() == 0 && pair[u].in_run) routed()[pair[u].word()] = word;
-        if (bin[u] != kNoBin) atomicAdd(&own[bin[u]], 1);
+    for (unsigned unit = warp_id(); unit < task.units(); unit += task.warps) {
+      Place place = place_of(unit);
+      int32_t* const own = counters + int64_t(place.unit) * experts;
+      Code<M>* code = codes + place.entry;
+      for (unsigned step = 0; step < task.steps; step += kStepsAtOnce) {
+        const Operands operands = read(place);
+        Code<M> expert[kStepsAtOnce];
+        for_routed(operands, [&](unsigned u, bool routed) { expert[u] = routed ? Code<M>(operands.expert[u]) : kNone; });
+        TOPN_UNROLL
+        for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+          if (step + u >= task.steps) break;
+          *code = expert[u];
+          code += task.step_entries();
+          if (expert[u] != kNone) atomicAdd(&own[expert[u]], 1);
+        }
       }
     }
   }
 
-  // Replaces each warp's counts by the sum of those of earlier warps, and writes the sum of all to `sums`.
-  __device__ void scan_warps(int32_t* sums) const {
-    for (int64_t bin = threadIdx.x; bin < task.bins; bin += blockDim.x) {
-      int32_t sum = 0;
-      for (unsigned w = 0; w < task.warps; ++w) {
-        int32_t& counter = counters[w * task.warp_ints + bin];
-        const int32_t own = counter;
-        counter = sum;
-        sum += own;
-      }
-      sums[bin] = sum;
+  // Replaces each team's counts by the sum of those of earlier teams, and writes the sums of all.
+  __device__ void scan_teams() const {
+    for (unsigned bin = threadIdx.x; bin < task.bins; bin += blockDim.x) {
+      const int32_t sum = scan(
+          task.teams, [&](unsigned team) { return counters[int64_t(team) * task.bins + bin]; },
+          [&](unsigned team, int32_t before) { counters[int64_t(team) * task.bins + bin] = before; });
+      first[bin] = 0;
+      (task.tiles == 1 ? totals : counts(tile))[bin] = sum;
     }
   }
 
   // Does the same over the group's tiles. The bins are divided among all warps of all tiles.
   __device__ void scan_tiles() const {
-    for (int64_t bin = tile * task.warps + warp_id(); bin < task.bins; bin += task.tiles * task.warps) {
+    for (unsigned bin = tile * task.warps + warp_id(); bin < task.bins; bin += task.tiles * task.warps) {
       int32_t before = 0;
       for (unsigned start = 0; start < task.tiles; start += kWarp) {
         const unsigned t = start + lane_id();
@@ -122,22 +195,26 @@ struct Block {
         if (t < task.tiles) counts(t)[bin] = before + sum - own;
         before += shuffle(sum, kWarp - 1);
       }
-      if (lane_id() == 0) totals()[bin] = before;
+      if (lane_id() == 0) group_totals()[bin] = before;
     }
   }
 
-  // Computes the tile's first slot of each bin, which follows the slots of lower ranks and of earlier tiles, and the demand.
+  // Reads what scan_tiles wrote.
+  __device__ void read_sums() const {
+    for (unsigned bin = threadIdx.x; bin < task.bins; bin += blockDim.x) {
+      first[bin] = counts(tile)[bin];
+      totals[bin] = group_totals()[bin];
+    }
+  }
+
+  // Adds the slots of lower ranks to the tile's first slots, and computes the demand.
   __device__ void scan_ranks() const {
-    const bool one = task.tiles == 1;  // in that case `first` holds the totals
-    for (int64_t e = threadIdx.x; e < a.experts; e += blockDim.x) {
-      int32_t lower = 0;
-      for (int64_t bin = e; bin < task.bins; bin += a.experts) {
-        const int32_t total = one ? first[bin] : totals()[bin];
-        first[bin] = lower + (one ? 0 : counts(tile)[bin]);
-        lower += total;
-      }
-      demand[e] = lower;
-      if (tile == 0) a.demand[group * a.experts + e] = lower;
+    for (unsigned e = threadIdx.x; e < experts; e += blockDim.x) {
+      const int32_t sum = scan(
+          task.lines, [&](unsigned line) { return totals[line * experts + e]; },
+          [&](unsigned line, int32_t lower) { first[line * experts + e] += lower; });
+      demand[e] = sum;
+      if (tile == 0) a.demand[group * experts + e] = sum;
     }
   }
 
@@ -146,10 +223,10 @@ struct Block {
     if (warp_id() != 0) return;
     const int32_t align = kDropless ? int32_t(a.align) : 1;
     int32_t before = 0;
-    for (int64_t start = 0; start < a.experts; start += kWarp) {
-      const int64_t e = start + lane_id();
-      const int32_t sum = before + warp_scan(e < a.experts ? ceil_div(demand[e], align) * align : 0);
-      if (e < a.experts) {
+    for (unsigned start = 0; start < experts; start += kWarp) {
+      const unsigned e = start + lane_id();
+      const int32_t sum = before + warp_scan(e < experts ? ceil_div(demand[e], align) * align : 0);
+      if (e < experts) {
         starts[e + 1] = sum;
         if (kDropless && tile == 0) a.offsets[e] = sum;
       }
@@ -159,82 +236,140 @@ struct Block {
   }
 
   // Returns the first row of an expert in the group.
-  __device__ __forceinline__ int64_t start_of(int64_t e) const { return kDropless ? starts[e] : e * a.capacity; }
+  __device__ __forceinline__ int64_t start_of(unsigned e) const { return kDropless ? starts[e] : e * a.capacity; }
 
   // Writes -1 to the sources of the rows that no pair gets. The experts are divided among all warps of all tiles.
   __device__ void free_rows() const {
     int32_t* const source = a.source + group * a.rows;
-    for (int64_t e = tile * task.warps + warp_id(); e < a.experts; e += task.tiles * task.warps) {
+    for (unsigned e = tile * task.warps + warp_id(); e < experts; e += task.tiles * task.warps) {
       for (int64_t row = start_of(e) + demand[e] + lane_id(); row < start_of(e + 1); row += kWarp) source[row] = -1;
     }
     if constexpr (kDropless) {
       const int64_t threads = int64_t(task.tiles) * blockDim.x, own = int64_t(tile) * blockDim.x + threadIdx.x;
-      for (int64_t row = starts[a.experts] + own; row < a.rows; row += threads) source[row] = -1;
+      for (int64_t row = starts[experts] + own; row < a.rows; row += threads) source[row] = -1;
     }
   }
 
-  // Gives the pairs of this warp's run their slots, or their places in the queues.
-  __device__ void give_slots() const {
-    const T* const values = static_cast<const T*>(kByKeys ? a.keys : a.weight);
-    int32_t* const own = own_counters();
-    for (Run run(task, tile); run.more();) {
-      Pair pair[kStepsAtOnce];
-      int64_t bin[kStepsAtOnce];
-      T value[kStepsAtOnce];
-      TOPN_UNROLL
-      for (int u = 0; u < kStepsAtOnce; ++u) {
-        pair[u] = run.next();
-        const int64_t at = group * task.pairs + pair[u].index;
-        const bool routed_pair = pair[u].in_run && (routed()[pair[u].word()] >> lane_id() & 1);
-        bin[u] = routed_pair ? bin_of(pair[u].rank, a.expert[at]) : kNoBin;
-        value[u] = routed_pair ? values[at] : T(0);
+  // Computes the slots of a unit's pairs, or their places in the queues, in several steps from `step` on.
+  __device__ void give_slots(unsigned unit, unsigned step) const {
+    int32_t* const own = counters + int64_t(unit) * experts;
+    const int32_t* const before_tile = first + unit % task.lines * experts;
+    const Code<M>* const code = codes + unit * kPitch + lane_id();
+    int32_t* slot = slots + unit * kPitch + lane_id();
+    Code<M> expert[kStepsAtOnce];
+    TOPN_UNROLL
+    for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+      expert[u] = code[int64_t(step + u < task.steps ? step + u : task.steps - 1) * task.step_entries()];
+    }
+    TOPN_UNROLL
+    for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+      if (step + u >= task.steps) break;
+      const unsigned peers = match(unsigned(expert[u]));
+      const int before = __popc(peers & lanes_below());
+      const bool routed = expert[u] != kNone;
+      const int32_t of_tile = routed ? before_tile[expert[u]] : 0;
+      int32_t of_run = 0;  // of the first of the lanes that have the expert, which alone uses the counter
+      if (routed && before == 0) {
+        of_run = own[expert[u]];
+        own[expert[u]] = of_run + __popc(peers);
       }
-      TOPN_UNROLL
-      for (int u = 0; u < kStepsAtOnce; ++u) {
-        const unsigned peers = match(unsigned(bin[u]));
-        const int before = __popc(peers & lanes_below());
-        const bool routed_pair = bin[u] != kNoBin;
-        const int32_t slot = routed_pair ? first[bin[u]] + own[bin[u]] + before : kBelowThreshold;
-        __syncwarp();
-        if (routed_pair && before == 0) own[bin[u]] += __popc(peers);
-        __syncwarp();
-        if (!pair[u].in_run) continue;
-        if (kByKeys && bin[u] != kNoBin) {
-          const int64_t place = starts[bin[u] - bin_of(pair[u].rank, 0)] + slot;
-          keys()[place] = order_of(value[u]);
-          queues()[place] = int32_t(pair[u].index);
-        } else {
-          write(pair[u], bin[u], slot, value[u]);
-        }
+      of_run = shuffle(of_run, __ffs(int(peers)) - 1);
+      *slot = routed ? of_tile + of_run + before : kBelowThreshold;
+      slot += task.step_entries();
+      __syncwarp();
+    }
+  }
+
+  // The weights, or the keys, of a lane's pairs in several steps.
+  struct Values {
+    T v[kStepsAtOnce];
+  };
+  __device__ __forceinline__ Values read_values(const Place& place, unsigned step) const {
+    Values values;
+    TOPN_UNROLL
+    for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+      const unsigned pair = place.pair + (step + u) * kWarp * task.lines;
+      values.v[u] = scalars_of(kByKeys ? a.keys : a.weight)[pair < task.pairs ? pair : task.pairs - 1];
+    }
+    return values;
+  }
+
+  // Writes what give_slots computed, or with keys puts the pairs into the queues.
+  __device__ __forceinline__ void write(const Place& place, unsigned step, const Values& values) const {
+    TOPN_UNROLL
+    for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+      const unsigned pair = place.pair + (step + u) * kWarp * task.lines;
+      if (step + u >= task.steps || pair >= task.pairs) break;
+      const Code<M> expert = codes[int64_t(step + u) * task.step_entries() + place.entry];
+      const int32_t slot = slots[u * task.step_entries() + place.entry];
+      const bool routed = expert != kNone;
+      if (kByKeys && routed) {
+        const int64_t at = int64_t(starts[expert]) + slot;
+        keys()[at] = order_of(values.v[u]);
+        queues()[at] = int32_t(pair);
+        continue;
       }
+      const bool held = routed && (kDropless || slot < a.capacity);
+      if (held) a.source[group * a.rows + start_of(expert) + slot] = int32_t(pair);
+      pairs_of(a.slot)[pair] = !routed || held ? slot : kOverCapacity;
+      pairs_of(static_cast<T*>(a.kept))[pair] = held ? values.v[u] : T(0);
+    }
+  }
+
+  // Gives the pairs of the tile their slots, or their places in the queues.
+  __device__ void give() const {
+    const Place own = place_of(warp_id());
+    for (unsigned step = 0; step < task.steps; step += kStepsAtOnce) {
+      Values values = read_values(own, step);  // which takes as long as what follows
+      for (unsigned unit = warp_id(); unit < task.units(); unit += task.warps) give_slots(unit, step);
+      __syncthreads();
+      write(own, step, values);
+      for (unsigned unit = warp_id() + task.warps; unit < task.units(); unit += task.warps) {
+        const Place place = place_of(unit);
+        write(place, step, read_values(place, step));
+      }
+      __syncthreads();
     }
   }
 
   // Gives the slots of each expert to the pairs of its queue with the largest keys; of equal keys the first. The experts are
   // divided among all warps of all tiles.
   __device__ void give_slots_by_keys() const {
-    for (int64_t e = tile * task.warps + warp_id(); e < a.experts; e += task.tiles * task.warps) {
+    for (unsigned e = tile * task.warps + warp_id(); e < experts; e += task.tiles * task.warps) {
       const Key* const key = keys() + starts[e];
       const int32_t* const queue = queues() + starts[e];
       const int32_t count = demand[e];
       Selected least{std::numeric_limits<Key>::min(), count};
       if (count > a.capacity) least = select_largest(key, count);
       int32_t next = 0;  // the first free slot
-      for (int32_t start = 0; start < count; start += int32_t(kWarp)) {
-        const int32_t i = start + int32_t(lane_id());
-        const bool in_queue = i < count, above = in_queue && key[i] > least.key, equal = in_queue && key[i] == least.key;
-        const unsigned equals = ballot(equal);
-        const bool held = above || (equal && __popc(equals & lanes_below()) < least.equal);
-        const unsigned holders = ballot(held);
-        if (in_queue) {
-          const int64_t at = group * task.pairs + queue[i];
-          const int32_t slot = next + __popc(holders & lanes_below());
-          a.slot[at] = held ? slot : kOverCapacity;
-          static_cast<T*>(a.kept)[at] = held ? static_cast<const T*>(a.weight)[at] : T(0);
-          if (held) a.source[group * a.rows + start_of(e) + slot] = queue[i];
+      for (int32_t start = int32_t(lane_id()); start - int32_t(lane_id()) < count; start += kOfQueue) {
+        Key own[kStepsAtOnce];
+        int32_t pair[kStepsAtOnce];
+        T weight[kStepsAtOnce];
+        TOPN_UNROLL
+        for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+          const int32_t i = in_queue(start, u, count) ? start + int32_t(u * kWarp) : count - 1;
+          own[u] = key[i];
+          pair[u] = queue[i];
         }
-        least.equal -= __popc(equals);
-        next += __popc(holders);
+        TOPN_UNROLL
+        for (unsigned u = 0; u < kStepsAtOnce; ++u) weight[u] = scalars_of(a.weight)[pair[u]];
+        TOPN_UNROLL
+        for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+          const bool there = in_queue(start, u, count);
+          const unsigned equals = ballot(there && own[u] == least.key);
+          const bool equal = equals >> lane_id() & 1;
+          const bool held = (there && own[u] > least.key) || (equal && __popc(equals & lanes_below()) < least.equal);
+          const unsigned holders = ballot(held);
+          if (there) {
+            const int32_t slot = next + __popc(holders & lanes_below());
+            pairs_of(a.slot)[pair[u]] = held ? slot : kOverCapacity;
+            pairs_of(static_cast<T*>(a.kept))[pair[u]] = held ? weight[u] : T(0);
+            if (held) a.source[group * a.rows + start_of(e) + slot] = pair[u];
+          }
+          least.equal -= __popc(equals);
+          next += __popc(holders);
+        }
       }
     }
   }
@@ -250,15 +385,23 @@ struct Block {
     using Bits = std::make_unsigned_t<Key>;
     constexpr Bits sign = Bits(1) << (8 * sizeof(Key) - 1);  // flipped, it makes the order that of unsigned integers
     constexpr int of_lane = kDigits / int(kWarp);
-    int32_t* const counts = own_counters();
+    int32_t* const counts = counters + warp_id() * kDigits;
     Bits prefix = 0, known = 0;  // the digits that were selected, and the mask of their bits
     int32_t rest = int32_t(a.capacity);  // slots that are left for keys that begin with these digits
     for (int shift = 8 * (int(sizeof(Key)) - 1); shift >= 0; shift -= 8) {
       for (int digit = int(lane_id()); digit < kDigits; digit += int(kWarp)) counts[digit] = 0;
       __syncwarp();
-      for (int32_t i = int32_t(lane_id()); i < count; i += int32_t(kWarp)) {
-        const Bits bits = Bits(key[i]) ^ sign;
-        if (((bits ^ prefix) & known) == 0) atomicAdd(&counts[bits >> shift & (kDigits - 1)], 1);
+      for (int32_t start = int32_t(lane_id()); start < count; start += kOfQueue) {
+        Bits bits[kStepsAtOnce];
+        TOPN_UNROLL
+        for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+          bits[u] = Bits(key[in_queue(start, u, count) ? start + int32_t(u * kWarp) : start]) ^ sign;
+        }
+        TOPN_UNROLL
+        for (unsigned u = 0; u < kStepsAtOnce; ++u) {
+          const bool counts_here = in_queue(start, u, count) && ((bits[u] ^ prefix) & known) == 0;
+          if (counts_here) atomicAdd(&counts[bits[u] >> shift & (kDigits - 1)], 1);
+        }
       }
       __syncwarp();
       // The largest digit that, with those above it, has as many keys as there are slots. Lane 0 has the highest digits.
@@ -283,32 +426,24 @@ struct Block {
     }
     return {Key(prefix ^ sign), rest};
   }
-
-  __device__ __forceinline__ void write(const Pair& pair, int64_t bin, int32_t slot, T weight) const {
-    const int64_t at = group * task.pairs + pair.index;
-    const bool held = bin != kNoBin && (kDropless || slot < a.capacity);
-    if (held) a.source[group * a.rows + start_of(bin - bin_of(pair.rank, 0)) + slot] = int32_t(pair.index);
-    a.slot[at] = bin == kNoBin || held ? slot : kOverCapacity;
-    static_cast<T*>(a.kept)[at] = held ? weight : T(0);
-  }
 };
 
-template <class T, Slots S>
-__global__ void assign_pairs(AssignTask task) {
+template <class T, Slots S, Memory M>
+__global__ void __launch_bounds__(most_threads(M, sizeof(T) == 8), 1) assign_pairs(AssignTask task) {
   SIMT_DYN_SMEM(int32_t, shared);
-  const Block<T, S> block(task, task.shared ? shared : task.block_memory + blockIdx.x * task.block_ints);
+  const Block<T, S, M> block(task, shared);
   block.clear();
   __syncthreads();
   block.count();
   __syncthreads();
-  block.scan_warps(task.tiles == 1 ? block.first : block.counts(block.tile));
-  if (task.tiles == 1) {
-    __syncthreads();
-  } else {
+  block.scan_teams();
+  if (task.tiles > 1) {
     sync_grid();
     block.scan_tiles();
     sync_grid();
+    block.read_sums();
   }
+  __syncthreads();
   block.scan_ranks();
   __syncthreads();
   if constexpr (S != Slots::InOrder) {
@@ -316,13 +451,9 @@ __global__ void assign_pairs(AssignTask task) {
     __syncthreads();
   }
   block.free_rows();
-  block.give_slots();
+  block.give();
   if constexpr (S == Slots::ByKeys) {
-    if (task.tiles == 1) {
-      __syncthreads();
-    } else {
-      sync_grid();
-    }
+    if (task.tiles > 1) sync_grid();
     block.give_slots_by_keys();
   }
 }
@@ -340,21 +471,32 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) assign_backward_pairs(Assi
 int64_t workspace_bytes(const Assign& a) { return task_of(a).bytes; }
 
 cudaError_t run(const Assign& a, cudaStream_t stream) {
+  if (!fits(a)) return cudaErrorInvalidValue;
   const AssignTask task = task_of(a);
   const int64_t blocks = a.groups * task.tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  if (task.bins >= std::numeric_limits<uint32_t>::max()) return cudaErrorInvalidValue;  // `match` compares 32 bits
-  const auto kernel_of = [&](auto scalar) {
-    using T = decltype(scalar);
-    if (a.dropless()) return assign_pairs<T, Slots::Dropless>;
-    return a.keys != nullptr ? assign_pairs<T, Slots::ByKeys> : assign_pairs<T, Slots::InOrder>;
+  const auto launch = [&](auto kernel) {
+    const unsigned grid = unsigned(blocks), block = task.warps * kWarp;
+    return task.tiles == 1 ? SIMT_LAUNCH(kernel, grid, block, task.shared_bytes(), stream, task)
+                           : SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, task.shared_bytes(), stream, task);
   };
-  const auto kernel = a.is_double ? kernel_of(double()) : kernel_of(float());
-  const size_t shared = task.shared ? task.block_ints * sizeof(int32_t) : 0;
-  const unsigned grid = unsigned(blocks), block = task.warps * kWarp;
-  return task.tiles == 1 ? SIMT_LAUNCH(kernel, grid, block, shared, stream, task)
-                         : SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, task);
+  const auto with_memory = [&](auto scalar, auto slots) {
+    using T = decltype(scalar);
+    constexpr Slots S = decltype(slots)::value;
+    switch (task.memory) {
+      case Memory::Shared: return launch(assign_pairs<T, S, Memory::Shared>);
+      case Memory::SharedInts: return launch(assign_pairs<T, S, Memory::SharedInts>);
+      case Memory::Workspace: return launch(assign_pairs<T, S, Memory::Workspace>);
+    }
+    return cudaErrorInvalidValue;
+  };
+  const auto with_slots = [&](auto scalar) {
+    if (a.dropless()) return with_memory(scalar, std::integral_constant<Slots, Slots::Dropless>());
+    if (a.keys != nullptr) return with_memory(scalar, std::integral_constant<Slots, Slots::ByKeys>());
+    return with_memory(scalar, std::integral_constant<Slots, Slots::InOrder>());
+  };
+  return a.is_double ? with_slots(double()) : with_slots(float());
 }
 
 cudaError_t run(const AssignBackward& a, cudaStream_t stream) {

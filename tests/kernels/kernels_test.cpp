@@ -304,7 +304,7 @@ Case dropless(Case c, int64_t align) {
 }
 
 void assign_cases(Suite& suite) {
-  for (Case c : {assign_case(1, 300, 6, 2, 90, 3, true), assign_case(1, 40, 5, 3, 20), assign_case(2, 3, 600, 60, 2)}) {
+  for (Case c : {assign_case(1, 520, 6, 8, 90, 3, true), assign_case(1, 40, 5, 3, 20), assign_case(2, 3, 600, 60, 2)}) {
     c.policy = Policy::Threshold;
     suite.run("assign", c, true);
     c.keys = true;
@@ -319,11 +319,12 @@ void assign_cases(Suite& suite) {
       assign_case(1, 10, 8, 2, 3),
       assign_case(2, 31, 5, 3, 4, 3, true, true),
       assign_case(3, 100, 16, 2, 9),
-      assign_case(1, 400, 7, 2, 1, 8, true),  // several tiles of a group
-      assign_case(1, 400, 64, 8, 200, 8, false, true),
-      assign_case(2, 300, 33, 5, 40, 8, true),
-      assign_case(1, 1500, 4, 2, 700, 3),         // more tokens than a tile handles in one round
-      assign_case(1, 130, 600, 40, 5, 3, true),   // counters that leave shared memory for fewer warps
+      assign_case(1, 2100, 7, 2, 1, 8, true),  // several tiles of a group, the last of them shorter
+      assign_case(1, 600, 64, 8, 200, 8, false, true),
+      assign_case(2, 530, 33, 5, 40, 8, true),
+      assign_case(1, 1500, 4, 2, 700, 3),         // a tile of several rounds
+      assign_case(1, 130, 300, 9, 5, 3, true),    // more ranks than a block has warps
+      assign_case(1, 130, 2600, 2, 3, 3, true),   // counters that leave shared memory for fewer teams
       assign_case(20, 40, 8, 2, 12, 3, true),     // more groups than processors
       assign_case(70, 1, 3, 3, 2),
       assign_case(1, 40, 100, 33, 3, 8),
@@ -344,12 +345,14 @@ void assign_cases(Suite& suite) {
     }
     for (const int64_t align : {1, 2, 16}) suite.run("assign", dropless(c, align));
   }
-  for (Case c : {assign_case(1, 40, 600, 64, 2, 8, false, true),  // counters in memory and several tiles
-                 assign_case(1, 60, 500, 40, 30, 40)}) {          // more than 32 tiles
+  for (Case c : {assign_case(1, 520, 600, 64, 2, 3, false, true),  // counters in memory and several tiles
+                 assign_case(1, 16000, 6800, 2, 2, 2, true),       // experts of pairs in memory and several tiles
+                 assign_case(1, 4200, 50, 8, 300, 40)}) {          // more than 32 tiles
     c.dtype = DType::F64;
     suite.run("assign", c);
     c.keys = true;
     suite.run("assign", c);
+    suite.run("assign", dropless(c, 3));
   }
   for (const int64_t pairs : {0, 1, 1000, 20000}) {
     for (const DType dtype : {DType::F32, DType::F64}) {
