@@ -83,6 +83,7 @@ def gate_backward(dtype: str, e: int, k: int) -> Row:
 # Of benchmarks/shapes.py: slots for 1.25 times the tokens, so that a token has so many rows of the experts.
 ROWS_PER_TOKEN = 1.25
 PART = 4 * 32 * 16  # bytes of a row that a warp reads at once
+SUMMED_PART = PART / 2  # the same, where it sums rows
 
 
 def assign(e: int, k: int) -> Row:
@@ -125,15 +126,20 @@ def dense(dtype: str, e: int, k: int, tokens: int) -> Row:
 
 
 def dispatch(dtype: str, d: int) -> Row:
-    """Returns the row of the copies of tokens' rows to the experts' buffers: four rows are an iteration."""
+    """Returns the row of the copies of tokens' rows to the experts' buffers: four tokens are an iteration."""
     _, size = DTYPES[dtype]
     return Row(
         name=f"dispatch, d={d}, {dtype}",
         unit="csrc/cuda/dispatch.cu",
         kernel=r"^copy_rows<uint4>",
-        tokens=4 / ROWS_PER_TOKEN,
-        moved=(1 + ROWS_PER_TOKEN) * d * size + ROWS_PER_TOKEN * 12,
-        trips={r"^for_parts:": max(1, d * size / PART), r"^copy_rows: for \(": 4},
+        tokens=4,
+        moved=(1 + ROWS_PER_TOKEN) * d * size + 12 * 8,
+        trips={
+            r"^copy_rows: for \(unsigned of_token": ROWS_PER_TOKEN,
+            r"^for_parts:": max(1, d * size / PART),
+            r"^copy_rows: for \(unsigned left": 4,
+            r"^copy_rows: for \(int64_t pair": 1,
+        },
         depth=1,
     )
 
@@ -148,21 +154,25 @@ def combine(dtype: str, d: int, k: int, gradient_of_dispatch: bool = False) -> R
         kernel=rf"^sum_rows<{element}, {16 // size}, {str(gradient_of_dispatch).lower()}>",
         tokens=4,
         moved=rows * d * size + 12 * k,
-        trips={r"^add: for \(": ROWS_PER_TOKEN, r"^for_parts:": max(1, d * size / PART), r"^sum_rows: for \(": 4},
+        trips={r"^use: while": ROWS_PER_TOKEN, r"^for_parts:": max(1, d * size / SUMMED_PART), r"^sum_rows: for \(": 4},
         depth=1,
     )
 
 
 def combine_backward(dtype: str, d: int, k: int) -> Row:
-    """Returns the row of its gradient: four rows of the experts are an iteration."""
+    """Returns the row of its gradient: four tokens are an iteration."""
     element, size = DTYPES[dtype]
     return Row(
         name=f"combine_backward, d={d}, k={k}, {dtype}",
         unit="csrc/cuda/combine.cu",
         kernel=rf"^combine_backward_rows<{element}, {16 // size}>",
-        tokens=4 / ROWS_PER_TOKEN,
+        tokens=4,
         moved=(1 + 2 * ROWS_PER_TOKEN) * d * size + 12 * k,
-        trips={r"^for_parts:": max(1, d * size / PART), r"^combine_backward_rows: for \(": 4},
+        trips={
+            r"^for_parts:": max(1, d * size / SUMMED_PART),
+            r"^combine_backward_rows: for \(unsigned left": 4 * ROWS_PER_TOKEN,
+            r"^combine_backward_rows: for \(int64_t pair": 1,
+        },
         depth=1,
     )
 

@@ -4,76 +4,97 @@
 namespace topn_gating::cuda {
 namespace {
 
-// Up to 32 pairs, one in each lane: those of a few tokens, or some of one token.
-template <class R>
-struct HeldPairs {
-  int64_t row, pair;
-  R weight, dot = 0;
+// The sum of one part of some rows.
+template <class T, int Count>
+struct PartSum {
+  static constexpr int Vectors = kSumVectors<Count>;
+  using R = ComputeType<T>;
+  using Row = Part<T, Count, Vectors>;
+  R v[Vectors][Count] = {};
 
-  // Reads the pairs from `first` on, before `end`.
-  __device__ __forceinline__ void find(const SumRows& a, int64_t first, int64_t end) {
-    pair = first + lane_id() < end ? first + lane_id() : -1;
-    row = pair < 0 ? -1 : held_row(a.assignment, pair);
-    weight = row >= 0 && a.weight != nullptr ? static_cast<const R*>(a.weight)[pair] : R(1);
+  __device__ __forceinline__ void add(R weight, const Row& row) {
+    for_elements<Count, Vectors>([&](int u, int j) { v[u][j] += weight * to_compute(row.packs[u].v[j]); });
+  }
+  __device__ __forceinline__ void store(T* row, int64_t at, int64_t dim) const {
+    Row part;
+    for_elements<Count, Vectors>([&](int u, int j) { part.packs[u].v[j] = from_compute<T>(v[u][j]); });
+    part.store(row, at, dim);
   }
 };
 
-// The sum of one part of the rows whose slots some lanes hold.
+// The rows of the held pairs of some lanes, part by part: while one is used, the next is read.
 template <class T, int Count>
-struct PartSum {
-  using R = ComputeType<T>;
-  R v[kVectorsAtOnce][Count] = {};
+struct HeldRows {
+  using Row = typename PartSum<T, Count>::Row;
+  const SumRows& a;
+  const HeldPairs& held;
+  const int64_t at;
+  unsigned left;  // lanes whose rows are still to be used
+  Row next{};
 
-  template <bool Dots>
-  __device__ __forceinline__ void add(const SumRows& a, HeldPairs<R>& held, unsigned lanes, const Part<T, Count>& x,
-                                      int64_t at) {
-    for (unsigned left = ballot(held.row >= 0) & lanes; left != 0; left &= left - 1) {
-      const int lane = __ffs(left) - 1;
-      const int64_t row = shuffle(held.row, lane);
-      const R weight = shuffle(held.weight, lane);
-      Part<T, Count> part;
-      part.load(static_cast<const T*>(a.rows) + row * a.dim, at, a.dim);
-      for_elements<Count>([&](int u, int j) { v[u][j] += weight * to_compute(part.packs[u].v[j]); });
-      if constexpr (Dots) {
-        const R product = warp_sum(dot(x, part));
-        if (int(lane_id()) == lane) held.dot += product;
-      }
-    }
+  __device__ __forceinline__ HeldRows(const SumRows& task, const HeldPairs& pairs, int64_t position)
+      : a(task), held(pairs), at(position), left(pairs.holders) {
+    read();
   }
-  __device__ __forceinline__ void store(T* row, int64_t at, int64_t dim) const {
-    Part<T, Count> part;
-    for_elements<Count>([&](int u, int j) { part.packs[u].v[j] = from_compute<T>(v[u][j]); });
-    part.store(row, at, dim);
+  __device__ __forceinline__ int lane() const { return __ffs(int(left)) - 1; }
+  __device__ __forceinline__ void read() {
+    if (left == 0) return;
+    const int64_t row = shuffle(held.row, lane());
+    next.load(static_cast<const T*>(a.rows) + row * a.dim, at, a.dim);
+  }
+  // Calls f(lane, its part) for those of the lanes.
+  template <class F>
+  __device__ __forceinline__ void use(unsigned lanes, const F& f) {
+    while ((left & lanes) != 0) {
+      const int own = lane();
+      const Row row = next;
+      left &= left - 1;
+      read();
+      f(own, row);
+    }
   }
 };
 
 // For at most 32 ranks: the lanes hold all pairs of a few tokens.
 template <class T, int Count, bool Dots>
-__global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows(SumRows a) {
+__global__ void __launch_bounds__(SIMT_BLOCK_THREADS, Dots ? 2 : 3) sum_rows(SumRows a) {
   using R = ComputeType<T>;
+  constexpr int Vectors = kSumVectors<Count>;
   const int top_n = int(a.assignment.top_n);
   const unsigned of_first = top_n < int(kWarp) ? (1u << top_n) - 1u : kAllLanes;
   for_rows(a.plan, [&](int64_t first, int64_t last) {
-    HeldPairs<R> held;
-    held.find(a, first * top_n, last * top_n);
-    for (int64_t token = first; token < last; ++token) {
-      const unsigned lanes = of_first << (int(token - first) * top_n);
-      for_parts<Count>(a.dim, [&](int64_t at) {
+    const HeldPairs held(a.assignment, first * top_n, last * top_n);
+    const R own_weight = held.weight<R>(a.weight);
+    R own_dot = 0;
+    for_parts<Count, Vectors>(a.dim, [&](int64_t at) {
+      HeldRows<T, Count> rows(a, held, at);
+      Part<T, Count, Vectors> next_x{};
+      const auto read_x = [&](int64_t token) {
+        if (Dots && token < last) next_x.load(static_cast<const T*>(a.x) + token * a.dim, at, a.dim);
+      };
+      read_x(first);
+      for (int64_t token = first; token < last; ++token) {
+        const Part<T, Count, Vectors> x = next_x;
+        read_x(token + 1);
         PartSum<T, Count> sum;
-        Part<T, Count> x{};
-        if constexpr (Dots) x.load(static_cast<const T*>(a.x) + token * a.dim, at, a.dim);
-        sum.template add<Dots>(a, held, lanes, x, at);
+        rows.use(of_first << (int(token - first) * top_n), [&](int lane, const auto& row) {
+          sum.add(shuffle(own_weight, lane), row);
+          if constexpr (Dots) {
+            const R product = warp_sum(dot(x, row));
+            if (int(lane_id()) == lane) own_dot += product;
+          }
+        });
         sum.store(static_cast<T*>(a.out) + token * a.dim, at, a.dim);
-      });
-    }
-    if (Dots && held.pair >= 0) static_cast<R*>(a.dots)[held.pair] = held.dot;
+      }
+    });
+    if (Dots && held.pair >= 0) static_cast<R*>(a.dots)[held.pair] = own_dot;
   });
 }
 
 // For any number of ranks: the lanes hold 32 pairs of a token at a time. Between parts of the row the products are in global
 // memory.
 template <class T, bool Dots>
-__global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows_of_many_ranks(SumRows a) {
+__global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 3) sum_rows_of_many_ranks(SumRows a) {
   using R = ComputeType<T>;
   const int64_t top_n = a.assignment.top_n;
   R* const dots = static_cast<R*>(a.dots);
@@ -84,12 +105,18 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 2) sum_rows_of_many_ranks(
       Part<T, 1> x{};
       if constexpr (Dots) x.load(static_cast<const T*>(a.x) + token * a.dim, at, a.dim);
       for (int64_t k = 0; k < top_n; k += kWarp) {
-        HeldPairs<R> held;
-        held.find(a, token * top_n + k, (token + 1) * top_n);
+        const HeldPairs held(a.assignment, token * top_n + k, (token + 1) * top_n);
+        const R own_weight = held.weight<R>(a.weight);
         const bool own = Dots && held.pair >= 0;
-        if (own && !first_part) held.dot = dots[held.pair];
-        sum.template add<Dots>(a, held, kAllLanes, x, at);
-        if (own) dots[held.pair] = held.dot;
+        R own_dot = own && !first_part ? dots[held.pair] : R(0);
+        HeldRows<T, 1>(a, held, at).use(kAllLanes, [&](int lane, const auto& row) {
+          sum.add(shuffle(own_weight, lane), row);
+          if constexpr (Dots) {
+            const R product = warp_sum(dot(x, row));
+            if (int(lane_id()) == lane) own_dot += product;
+          }
+        });
+        if (own) dots[held.pair] = own_dot;
       }
       sum.store(static_cast<T*>(a.out) + token * a.dim, at, a.dim);
       first_part = false;
@@ -112,9 +139,8 @@ cudaError_t launch_with(DType dtype, const SumRows& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_sum_rows(DType dtype, SumRows a, cudaStream_t stream) {
-  const int64_t tokens = a.assignment.groups * a.assignment.tokens, top_n = a.assignment.top_n;
-  if (tokens == 0) return cudaSuccess;
-  a.plan = plan_rows(tokens, top_n < 8 ? 4 : top_n < kWarp ? int(kWarp / top_n) : 1);
+  if (a.assignment.groups * a.assignment.tokens == 0) return cudaSuccess;
+  a.plan = plan_tokens(a.assignment);
   return a.x == nullptr ? launch_with<false>(dtype, a, stream) : launch_with<true>(dtype, a, stream);
 }
 
