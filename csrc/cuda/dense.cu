@@ -1,8 +1,8 @@
 // docs/spec.md, step 9, on a GPU: two large tensors of zeros with at most k entries for each token. Each element is written
 // once, 16 bytes at a time.
 //
-// A warp writes a chunk of 512 bytes of each output at once. Its lanes hold the entries of 32 pairs; those inside the chunk are
-// broadcast from lane to lane.
+// A warp writes a chunk of 512 bytes of each output at once, and the warps of a block neighbouring chunks. The lanes hold the
+// entries of 32 pairs; those inside the chunk are broadcast from lane to lane.
 #include "cuda/kernels.h"
 #include "cuda/rows.cuh"
 
@@ -37,6 +37,12 @@ struct Entry {
   }
 };
 
+// Returns the token of an element that is not before the row of `token`: in most cases it or the next, without a division.
+__device__ __forceinline__ int64_t token_of(int64_t element, int64_t token, int64_t row) {
+  const int64_t next = (token + 1) * row;
+  return element < next ? token : element < next + row ? token + 1 : quotient(element, row);
+}
+
 template <class T, int Count>
 __device__ __forceinline__ void store_part(T* out, const Pack<T, Count>& pack, int64_t at, int64_t size, bool nontemporal) {
   if (at + Count > size) {  // the last part may be smaller
@@ -65,25 +71,26 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 4) dense_chunks(DenseTask 
   constexpr int64_t chunk = int64_t(kWarp) * Count;
   const Assignment& s = a.assignment;
   const int64_t row = s.experts * s.capacity, size = s.groups * s.tokens * row;
-  const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
-  const int64_t warps = int64_t(gridDim.x) * blockDim.x / kWarp;
+  const int64_t step = int64_t(blockDim.x / kWarp) * chunk, run = kChunksPerWarp * step;  // elements of a block
   const T one = from_compute<T>(Weight(1));
 
-  for (int64_t start = warp * kChunksPerWarp * chunk; start < size; start += warps * kChunksPerWarp * chunk) {
-    const int64_t end = start + kChunksPerWarp * chunk < size ? start + kChunksPerWarp * chunk : size;
-    int64_t token = quotient(start, row);  // the token of element `first`
-    int64_t found = -1;                    // the pair whose entry lane 0 holds
-    Entry<Weight> entry;
-    for (int64_t first = start; first < end; first += chunk) {
-      while ((token + 1) * row <= first) ++token;
+  int64_t found = -1;  // the 32 pairs whose entries the lanes hold
+  Entry<Weight> entry;
+  for (int64_t start = blockIdx.x * run; start < size; start += gridDim.x * run) {
+    const int64_t end = start + run < size ? start + run : size;
+    int64_t first = start + warp_id() * chunk;
+    int64_t token = quotient(first, row);  // the token of element `first`
+    for (; first < end; first += step) {
+      token = token_of(first, token, row);
+      const int64_t last = first + chunk < size ? first + chunk - 1 : size - 1;
+      const int64_t last_pair = (token_of(last, token, row) + 1) * s.top_n - 1;
       const int64_t own = first + int64_t(lane_id()) * Count;
       Pack<T, Count> dispatch{}, combine{};
-      // Go through the tokens whose rows overlap the chunk, 32 pairs at a time.
-      for (int64_t t = token, pair = token * s.top_n; t * row < first + chunk && t < s.groups * s.tokens;) {
-        if (found != pair) entry.find(a, pair + lane_id());
-        found = pair;
-        for (unsigned left = ballot(entry.at >= first && entry.at < first + chunk); left != 0; left &= left - 1) {
-          const int lane = __ffs(left) - 1;
+      for (int64_t pairs = (token * s.top_n) / kWarp; pairs <= last_pair / kWarp; ++pairs) {
+        if (found != pairs) entry.find(a, pairs * kWarp + lane_id());
+        found = pairs;
+        for (unsigned left = ballot(entry.at >= first && entry.at <= last); left != 0; left &= left - 1) {
+          const int lane = __ffs(int(left)) - 1;
           const int64_t place = shuffle(entry.at, lane) - own;
           const T value = from_compute<T>(shuffle(entry.weight, lane));
           TOPN_UNROLL
@@ -91,8 +98,6 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 4) dense_chunks(DenseTask 
             if (place == j) dispatch.v[j] = one, combine.v[j] = value;
           }
         }
-        pair += kWarp;
-        t = quotient(pair, s.top_n);
       }
       store_part(static_cast<T*>(a.dispatch), dispatch, own, size, task.nontemporal);
       store_part(static_cast<T*>(a.combine), combine, own, size, task.nontemporal);
