@@ -11,7 +11,7 @@ OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,gate assign dense 
 CMAKE := $(VENV)/bin/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 	-DTOPN_GATING_TORCH="$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
 
-.PHONY: demo demo-distributed demo-transformers test bench bench-layer router-bench lint kernels sanitize barriers mutants wheel install-check hub-check wheel-check cuda-check sass clean
+.PHONY: demo demo-distributed demo-transformers test test-models bench bench-layer router-bench lint kernels sanitize barriers mutants wheel install-check hub-check wheel-check cuda-check sass clean
 
 demo: $(VENV)/built
 	PYTHONPATH=. $(RUN) examples/language_model $(ARGS)
@@ -25,6 +25,10 @@ demo-transformers: $(VENV)/built
 
 test: $(VENV)/built $(VENV)/kernels lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+# Every class of models of transformers with experts that take an implementation, whole and tiny.
+test-models: $(VENV)/built
+	$(RUN) -m pytest tests/models $(ARGS)
 
 bench: $(VENV)/built
 	PYTHONPATH=. $(RUN) benchmarks/peers $(ARGS)
