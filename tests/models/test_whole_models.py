@@ -6,7 +6,7 @@ from whole_models import ANOTHER_NAME, CLASSES, EXPERTS_CLASSES, NOT_RUN, RUN, e
 
 from topn_gating.integrations.transformers import NAME, experts_forward, register
 
-SEED = 7  # by some weights, the gradient of a single number is a sum that cancels, and the rounding of its terms shows
+SEED = 7
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,10 @@ def run(model, implementation, arguments):
 
 @pytest.mark.parametrize("name", RUN)
 def test_equals_eager(name, called):
-    """Within 1e-5 of the largest element of each tensor; a sum that cancels is as exact as the largest gradient's rounding."""
+    """Within 1e-5 of the largest element of each tensor, or the rounding of the model's largest gradient, 4 times.
+
+    The second is for single numbers whose gradient is a sum over all tokens that cancels.
+    """
     torch.manual_seed(SEED)
     model, arguments = make(CLASSES[name]), inputs(name)
     experts = experts_in(model)
@@ -57,7 +60,7 @@ def test_equals_eager(name, called):
     assert {id(m) for m in called} == {id(m) for m in experts.values()}
     assert actual.keys() == expected.keys()
     largest = {tensor: e.abs().max().item() for tensor, e in expected.items()}
-    rounding = torch.finfo(torch.float32).eps * max(largest.values())
+    rounding = 4 * torch.finfo(torch.float32).eps * max(largest.values())
     for tensor, e in expected.items():
         atol = max(1e-5 * largest[tensor], rounding)
         torch.testing.assert_close(actual[tensor], e, rtol=0, atol=atol, msg=lambda text, t=tensor: f"{t}: {text}")
