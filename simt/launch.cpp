@@ -12,7 +12,7 @@
 namespace simt {
 namespace {
 
-constexpr uint64_t kMaxBlock = 1024, kMaxGrid = 0x7fffffff;
+constexpr uint64_t kMaxBlock = 1024, kMaxGrid = 0x7fffffff, kMaxCluster = 8;
 constexpr size_t kMaxShared = 227 << 10;  // bytes of shared memory of a block on an H100
 // Number of fibers over which a launch spreads its blocks under ThreadSanitizer, which allows 8128 and whose cost grows with
 // each. Blocks that run on the same fibers look ordered to it, so it misses races between them.
@@ -34,6 +34,12 @@ cudaError_t refuse(const Request& request) {
   }
   if (request.shared_bytes > kMaxShared) {
     return because("bytes of shared memory: ", request.shared_bytes, cudaErrorInvalidValue);
+  }
+  if (request.cluster > kMaxCluster || (request.cluster != 0 && request.grid % request.cluster != 0)) {
+    return because("blocks in a cluster: ", request.cluster, cudaErrorInvalidConfiguration);
+  }
+  if (request.cluster != 0 && !settings.clusters) {
+    return because("no clusters on this device, blocks in a cluster: ", request.cluster, cudaErrorInvalidConfiguration);
   }
   if (request.cooperative && request.grid > uint64_t(settings.multiprocessors)) {
     return because("blocks in a cooperative grid: ", request.grid, cudaErrorCooperativeLaunchTooLarge);
@@ -118,9 +124,8 @@ void join_threads(Block& block) {
   }
 }
 
-// Frees a block's memory.
+// Frees a block's memory. All blocks that ran with it are joined.
 void clear_block(Block& block, size_t first_fiber) {
-  if (has_tsan()) join_threads(block);
   std::free(block.shared);
   if (machine.error == nullptr) return;
   // The fibers of a failed launch may have stopped anywhere in the kernel, so they are deleted.
@@ -136,18 +141,25 @@ void run_blocks(const unsigned* indices, size_t first_fiber) {
   for (size_t i = 0; i < machine.blocks.size(); ++i) set_block(machine.blocks[i], indices[i], first_fiber + i * threads);
   run_ready();
   if (machine.error != nullptr) settings.error = describe_error();
+  for (Block& block : machine.blocks) {
+    if (has_tsan()) join_threads(block);
+  }
   for (size_t i = 0; i < machine.blocks.size(); ++i) clear_block(machine.blocks[i], first_fiber + i * threads);
 }
 
-// Returns the blocks' indices in the order in which the schedule runs them.
-std::vector<unsigned> block_order(size_t count) {
-  std::vector<unsigned> order(count);
+// Returns the blocks' indices in the order in which the schedule runs them: clusters of so many blocks one after another.
+std::vector<unsigned> block_order(size_t count, unsigned cluster) {
+  std::vector<unsigned> order(count / cluster);
   std::iota(order.begin(), order.end(), 0u);
   if (settings.schedule == SIMT_LIFO) std::reverse(order.begin(), order.end());
   if (settings.schedule == SIMT_RANDOM) {
-    for (size_t i = count; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
   }
-  return order;
+  std::vector<unsigned> blocks;
+  for (const unsigned first : order) {
+    for (unsigned rank = 0; rank < cluster; ++rank) blocks.push_back(first * cluster + rank);
+  }
+  return blocks;
 }
 
 // Runs a launch that was not refused.
@@ -157,14 +169,15 @@ void run(const Request& request) {
   blockDim = dim3(unsigned(request.block));
   gridDim = dim3(unsigned(request.grid));
   start_random();
-  const std::vector<unsigned> order = block_order(request.grid);
-  const size_t live = request.cooperative ? request.grid : 1;
-  const size_t sets = has_tsan() ? max(kTsanFibers / request.block, size_t(1)) : 1;  // sets of fibers that blocks use in turn
+  const unsigned cluster = max(request.cluster, 1u);
+  const std::vector<unsigned> order = block_order(request.grid, cluster);
+  const size_t live = request.cooperative ? request.grid : cluster, fibers = live * request.block;
+  const size_t sets = has_tsan() ? max(kTsanFibers / fibers, size_t(1)) : 1;  // sets of fibers that blocks use in turn
   machine.blocks.resize(live);
   size_t ring = 1;
-  while (ring < live * request.block) ring *= 2;
+  while (ring < fibers) ring *= 2;
   machine.ready.resize(ring);
-  machine.fibers.resize(max(machine.fibers.size(), max(live, sets) * request.block));
+  machine.fibers.resize(max(machine.fibers.size(), sets * fibers));
   if (has_tsan()) {
     machine.launcher.tsan = __tsan_get_current_fiber();
     if (machine.setter == nullptr) machine.setter = __tsan_create_fiber(0);
@@ -172,7 +185,7 @@ void run(const Request& request) {
     release(&machine.tokens->start);
   }
   for (size_t i = 0; i < order.size() && machine.error == nullptr; i += live) {
-    run_blocks(&order[i], i / live % sets * request.block);
+    run_blocks(&order[i], i / live % sets * fibers);
   }
   delete std::exchange(machine.tokens, nullptr);
 }
@@ -197,6 +210,7 @@ void simt_set_schedule(int schedule, uint64_t seed) {
   simt::settings.seed = seed;
 }
 void simt_set_multiprocessors(int count) { simt::settings.multiprocessors = count; }
+void simt_set_clusters(int has) { simt::settings.clusters = has != 0; }
 long simt_launches(void) { return simt::settings.launches; }
 long simt_events(void) { return simt::settings.events; }
 const char* simt_error(void) { return simt::settings.error.c_str(); }
@@ -228,6 +242,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device != 0) return cudaErrorInvalidValue;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = simt::settings.multiprocessors; return cudaSuccess;
+    case cudaDevAttrClusterLaunch: *value = simt::settings.clusters; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(simt::kMaxShared); return cudaSuccess;
   }
   return cudaErrorInvalidValue;

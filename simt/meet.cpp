@@ -161,7 +161,7 @@ void check_exit(Thread& thread) {
     if ((warp.meetings[i].mask >> thread.lane & 1) != 0) fail("a lane exits while others wait for it at a warp operation");
   }
   if (thread.block->barrier.arrived != 0) fail("a thread exits while others wait for it at a barrier");
-  if (machine.grid.arrived != 0) fail("a thread exits while others wait for it at the grid's barrier");
+  if (machine.grid.arrived != 0) fail("a thread exits while others wait for it at a barrier of several blocks");
 }
 
 uint64_t meet_warp(Op op, unsigned mask, uint64_t value, int argument, int width, const char* file, int line) {
@@ -202,6 +202,21 @@ void meet_grid(const char* file, int line) {
   }
   Rounds* rounds = machine.tokens == nullptr ? nullptr : &machine.tokens->barrier;
   meet_all(machine.grid, rounds, machine.blocks.data(), machine.blocks.size(), Op::SyncGrid, 0, {file, line});
+}
+
+void meet_cluster(const char* file, int line) {
+  if (machine.request.cluster == 0) {
+    wait_at(*machine.current, Op::SyncCluster, 0, {file, line});
+    fail("a barrier of a cluster in a launch that has none");
+  }
+  Tokens* tokens = machine.blocks.front().tokens;
+  Rounds* rounds = tokens == nullptr ? nullptr : &tokens->cluster;
+  meet_all(machine.grid, rounds, machine.blocks.data(), machine.blocks.size(), Op::SyncCluster, 0, {file, line});
+}
+
+void* shared_of(void* address, unsigned rank) {
+  const ptrdiff_t offset = static_cast<char*>(address) - static_cast<char*>(machine.current->block->shared);
+  return static_cast<char*>(machine.blocks[rank].shared) + offset;
 }
 
 }  // namespace simt

@@ -24,6 +24,7 @@ struct Rounds {
 struct Tokens {
   long start = 0, end = 0;
   Rounds barrier;
+  Rounds cluster;  // in the tokens of a cluster's first block
 };
 
 // Releases the current token on construction, before a thread waits, and acquires it on destruction, after the wait. Does

@@ -75,6 +75,7 @@ const char* op_name(Op op) {
     case Op::SyncThreadsOr: return "__syncthreads_or";
     case Op::SyncThreadsCount: return "__syncthreads_count";
     case Op::SyncGrid: return "simt_grid_sync";
+    case Op::SyncCluster: return "simt_cluster_sync";
   }
   return "";
 }

@@ -47,7 +47,11 @@ Fiber& enter(Thread& thread) {
   thread.state = State::Exited;
   check_exit(thread);
   thread.warp->exited |= 1u << thread.lane;
-  ++thread.block->exited;
+  if (++thread.block->exited == machine.request.block && machine.request.cluster != 0) {
+    // Shared memory ends with its block: another block of the cluster that still reads it must get wrong values, and a race.
+    if (has_tsan()) acquire(&thread.block->tokens->end);
+    std::memset(thread.block->shared, 0xff, machine.request.shared_bytes);
+  }
   if (has_tsan()) release(&thread.block->tokens->end);
   Fiber& fiber = *thread.fiber;
   if (--machine.running == 0) leave_context(fiber, machine.launcher);

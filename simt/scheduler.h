@@ -62,7 +62,7 @@ struct Warp {
   Rounds* rounds;            // linked list of the tokens of __syncwarp, one element for each mask
 };
 
-// A barrier of a block or of the grid.
+// A barrier of a block, or of several.
 struct Barrier {
   Op op;
   Site site;
@@ -83,8 +83,8 @@ struct Block {
 // The launch that runs, and what later launches reuse.
 struct Machine {
   Request request;
-  std::vector<Block> blocks;  // the blocks that run at the same time: all of a cooperative launch, else one
-  Barrier grid;
+  std::vector<Block> blocks;  // those that run at the same time: all of a cooperative launch or a cluster, else one
+  Barrier grid;               // of all these blocks
   Tokens* tokens = nullptr;  // null without ThreadSanitizer
   size_t running = 0;        // number of threads that have not exited
   Thread* current = nullptr;
@@ -104,6 +104,7 @@ struct Settings {
   int schedule = SIMT_FIFO;
   uint64_t seed = 0;
   int multiprocessors = 3;
+  bool clusters = true;
   long launches = 0, events = 0;
   std::string error;
 };

@@ -19,6 +19,9 @@ SIMT_EXPORT void simt_set_schedule(int schedule, uint64_t seed);
 // Sets the value of cudaDevAttrMultiProcessorCount, initially 3, which is also the most blocks of a cooperative launch.
 SIMT_EXPORT void simt_set_multiprocessors(int count);
 
+// Sets whether the device has clusters of blocks, which it has initially.
+SIMT_EXPORT void simt_set_clusters(int has);
+
 // Return the number of launches since the last reset, refused ones included, and the text of the last error ("": none).
 SIMT_EXPORT long simt_launches(void);
 SIMT_EXPORT const char* simt_error(void);

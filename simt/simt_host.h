@@ -20,7 +20,8 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+                      cudaDevAttrClusterLaunch = 120 };
 using cudaStream_t = struct CUstream_st*;
 
 const char* cudaGetErrorString(cudaError_t);
@@ -32,7 +33,7 @@ namespace simt {
 enum class Op : unsigned char {
   ShuffleIndex, ShuffleUp, ShuffleDown, ShuffleXor, Ballot, Any, All, Match,
   Add, MinInt, MinUnsigned, MaxInt, MaxUnsigned, SyncWarp,
-  SyncThreads, SyncThreadsOr, SyncThreadsCount, SyncGrid,
+  SyncThreads, SyncThreadsOr, SyncThreadsCount, SyncGrid, SyncCluster,
 };
 
 // Waits until every lane of the mask has called the same operation from the same place; returns the running thread's result.
@@ -41,6 +42,10 @@ uint64_t meet_warp(Op, unsigned mask, uint64_t value, int argument, int width, c
 int meet_block(Op, int predicate, const char* file, int line);
 // Waits for all threads of the grid.
 void meet_grid(const char* file, int line);
+// Waits for all threads of the running thread's cluster.
+void meet_cluster(const char* file, int line);
+// Returns where block `rank` of the running thread's cluster has what the running thread's block has at an address.
+void* shared_of(void* address, unsigned rank);
 
 extern void* shared_memory;  // dynamic shared memory of the running thread's block
 
@@ -51,6 +56,7 @@ struct Request {
   uint64_t grid, block;            // blocks, and threads of a block
   size_t shared_bytes;
   bool cooperative;
+  unsigned cluster;  // blocks of a cluster; 0: the launch has no clusters
 };
 // Runs a kernel and returns when it has ended.
 cudaError_t launch(const Request&);
@@ -63,14 +69,14 @@ struct Same {
 
 template <class Args>
 cudaError_t launch(const char* name, void (*kernel)(Args), uint64_t grid, uint64_t block, size_t shared_bytes, cudaStream_t,
-                   const typename Same<Args>::Type& args, bool cooperative) {
+                   const typename Same<Args>::Type& args, bool cooperative, unsigned cluster = 0) {
   struct Call {
     void (*kernel)(Args);
     const Args& args;
   };
   const Call call{kernel, args};
   const auto body = [](const void* call) { static_cast<const Call*>(call)->kernel(static_cast<const Call*>(call)->args); };
-  return launch({name, body, &call, grid, block, shared_bytes, cooperative});
+  return launch({name, body, &call, grid, block, shared_bytes, cooperative, cluster});
 }
 
 // Returns the bytes of a value of at most 8 bytes, followed by zeros.
@@ -96,6 +102,8 @@ inline T from_bits(uint64_t bits) {
   ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, false)
 #define SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, smem, stream, args) \
   ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, true)
+#define SIMT_LAUNCH_CLUSTERS(kernel, grid, cluster, block, smem, stream, args) \
+  ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, false, cluster)
 
 // A function that wraps one of the operations below declares SIMT_CALLER after its last parameter and passes SIMT_PASS after
 // the last argument, so that reports name the line of its caller, and calls from different lines count as different operations.
@@ -152,6 +160,7 @@ inline int __syncthreads_count(int predicate, SIMT_SITE) {
   return simt::meet_block(simt::Op::SyncThreadsCount, predicate, file, line);
 }
 inline void simt_grid_sync(SIMT_SITE) { simt::meet_grid(file, line); }
+inline void simt_cluster_sync(SIMT_SITE) { simt::meet_cluster(file, line); }
 #undef SIMT_SITE
 
 // Do nothing: one thread runs at a time.

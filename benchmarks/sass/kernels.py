@@ -90,7 +90,7 @@ def assign(e: int, k: int) -> Row:
     """Returns the row of the loops over the pairs; the scans and barriers between them do not depend on tokens."""
     pairs = 4 * 32  # of an iteration
     warps, pitch, steps = 32, 36, 8
-    ints = warps * e + 2 * k * e + 2 * e + 1 + 4 * warps * pitch
+    ints = warps * e + 3 * k * e + 2 * e + 1 + 4 * warps * pitch
     return Row(
         name=f"assign, e={e}, k={k}",
         unit="csrc/cuda/assign.cu",

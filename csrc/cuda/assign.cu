@@ -48,7 +48,8 @@ struct Block {
   int32_t* const counters;  // (units, e) routed pairs; later the number of those before the pairs that follow
   int32_t* const first;     // (bins) routed pairs of earlier tiles, then the tile's first slot
   int32_t* const totals;    // (bins) routed pairs of the group
-  int32_t* const demand;    // (e) the same, of all lines
+  int32_t* const sums;      // (bins) routed pairs of the tile
+  int32_t* const demand;    // (e) routed pairs of the group, of all lines
   int32_t* const starts;    // (e + 1) dropless each expert's first row, with keys that of its queue, and the end of the last
   int32_t* const slots;     // (steps at once, units, pitch) slots, or places in the queues
   Code<M>* const codes;     // (steps, units, pitch)
@@ -56,7 +57,8 @@ struct Block {
   __device__ Block(const AssignTask& t, int32_t* shared)
       : task(t), a(t.assign), experts(unsigned(t.assign.experts)), group(blockIdx.x / t.tiles), tile(blockIdx.x % t.tiles),
         counters(M == Memory::Workspace ? t.block_memory + blockIdx.x * t.block_ints : shared), first(counters + t.counters),
-        totals(first + t.bins), demand(totals + t.bins), starts(demand + experts), slots(starts + experts + 1),
+        totals(first + t.bins), sums(totals + t.bins), demand(sums + t.bins), starts(demand + experts),
+        slots(starts + experts + 1),
         codes(M == Memory::Shared ? reinterpret_cast<Code<M>*>(shared + t.block_ints)
                                   : static_cast<Code<M>*>(t.codes) + blockIdx.x * t.entries()) {}
 
@@ -180,7 +182,7 @@ struct Block {
           task.teams, [&](unsigned team) { return counters[int64_t(team) * task.bins + bin]; },
           [&](unsigned team, int32_t before) { counters[int64_t(team) * task.bins + bin] = before; });
       first[bin] = 0;
-      (task.tiles == 1 ? totals : counts(tile))[bin] = sum;
+      (task.tiles == 1 ? totals : task.clustered ? sums : counts(tile))[bin] = sum;
     }
   }
 
@@ -204,6 +206,18 @@ struct Block {
     for (unsigned bin = threadIdx.x; bin < task.bins; bin += blockDim.x) {
       first[bin] = counts(tile)[bin];
       totals[bin] = group_totals()[bin];
+    }
+  }
+
+  // Does what both do, in each block of a cluster, from the sums in the shared memory of all.
+  __device__ void read_cluster() const {
+    for (unsigned bin = threadIdx.x; bin < task.bins; bin += blockDim.x) {
+      int32_t before = 0;
+      const int32_t total = scan(
+          task.tiles, [&](unsigned t) { return *in_block_of_cluster(&sums[bin], t); },
+          [&](unsigned t, int32_t lower) { before = t == tile ? lower : before; });
+      first[bin] = before;
+      totals[bin] = total;
     }
   }
 
@@ -437,7 +451,11 @@ __global__ void __launch_bounds__(most_threads(M, sizeof(T) == 8), 1) assign_pai
   block.count();
   __syncthreads();
   block.scan_teams();
-  if (task.tiles > 1) {
+  if (M != Memory::Workspace && task.tiles > 1 && task.clustered) {
+    sync_cluster();
+    block.read_cluster();
+    sync_cluster();
+  } else if (task.tiles > 1) {
     sync_grid();
     block.scan_tiles();
     sync_grid();
@@ -453,7 +471,11 @@ __global__ void __launch_bounds__(most_threads(M, sizeof(T) == 8), 1) assign_pai
   block.free_rows();
   block.give();
   if constexpr (S == Slots::ByKeys) {
-    if (task.tiles > 1) sync_grid();
+    if (M != Memory::Workspace && task.tiles > 1 && task.clustered) {
+      sync_cluster();
+    } else if (task.tiles > 1) {
+      sync_grid();
+    }
     block.give_slots_by_keys();
   }
 }
@@ -466,20 +488,24 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) assign_backward_pairs(Assi
   }
 }
 
+AssignTask plan(const Assign& a) { return task_of(a, has_clusters(assign_pairs<float, Slots::InOrder, Memory::Shared>)); }
+
 }  // namespace
 
-int64_t workspace_bytes(const Assign& a) { return task_of(a).bytes; }
+int64_t workspace_bytes(const Assign& a) { return plan(a).bytes; }
 
 cudaError_t run(const Assign& a, cudaStream_t stream) {
   if (!fits(a)) return cudaErrorInvalidValue;
-  const AssignTask task = task_of(a);
+  const AssignTask task = plan(a);
   const int64_t blocks = a.groups * task.tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const auto launch = [&](auto kernel) {
     const unsigned grid = unsigned(blocks), block = task.warps * kWarp;
-    return task.tiles == 1 ? SIMT_LAUNCH(kernel, grid, block, task.shared_bytes(), stream, task)
-                           : SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, task.shared_bytes(), stream, task);
+    const size_t shared = task.shared_bytes();
+    return task.tiles == 1  ? SIMT_LAUNCH(kernel, grid, block, shared, stream, task)
+           : task.clustered ? SIMT_LAUNCH_CLUSTERS(kernel, grid, task.tiles, block, shared, stream, task)
+                            : SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, task);
   };
   const auto with_memory = [&](auto scalar, auto slots) {
     using T = decltype(scalar);

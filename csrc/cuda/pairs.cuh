@@ -42,6 +42,7 @@ struct AssignTask {
   unsigned lines;         // k, or 1 in the dropless layout
   unsigned bins;          // lines and experts
   unsigned tiles;         // tiles of a group
+  bool clustered;         // whether a group's tiles are a cluster
   unsigned teams;         // teams of a block
   unsigned steps;         // steps of a run
   unsigned warps;         // warps of a block
@@ -72,9 +73,11 @@ inline bool fits(const Assign& a) {
   return a.tokens <= most / ranks && a.experts <= most / ranks;
 }
 
-inline AssignTask task_of(const Assign& a) {
+inline AssignTask task_of(const Assign& a, bool has_clusters) {
   // Steps of a run up to which one tile takes less time than several and their barriers, and at least where there are several.
   constexpr int64_t most_alone = 16, fewest = 4;
+  // The same of clusters, whose barriers take less time, and the most for which these have processors enough.
+  constexpr int64_t most_blocks = 8, most_clustered = 8;
   AssignTask t{};
   t.assign = a;
   if (!fits(a)) return t;
@@ -95,7 +98,7 @@ inline AssignTask task_of(const Assign& a) {
     t.teams = unsigned(std::max<int64_t>(1, teams));
     t.warps = unsigned(ceil_div<int64_t>(t.units(), ceil_div<int64_t>(t.units(), most_warps)));
     t.counters = std::max<int64_t>(int64_t(t.units()) * a.experts, by_keys ? int64_t(t.warps) * kDigits : 0);
-    t.block_ints = t.counters + 2 * int64_t(t.bins) + 2 * a.experts + 1 + int64_t(kStepsAtOnce) * t.step_entries();
+    t.block_ints = t.counters + 3 * int64_t(t.bins) + 2 * a.experts + 1 + int64_t(kStepsAtOnce) * t.step_entries();
     return t.block_ints * int64_t(sizeof(int32_t)) <= shared;
   };
   bool fit = set_teams(Memory::SharedInts, steps);
@@ -104,9 +107,16 @@ inline AssignTask task_of(const Assign& a) {
 
   // The blocks of a group synchronise, so all of them must be resident.
   const int64_t most_tiles = std::max<int64_t>(1, processors / std::max<int64_t>(1, a.groups));
-  const int64_t tiles = steps <= t.teams * most_alone ? 1 : std::min(ceil_div<int64_t>(steps, t.teams * fewest), most_tiles);
+  const int64_t wanted = std::min(ceil_div<int64_t>(steps, t.teams * fewest), most_tiles);
+  t.clustered = has_clusters && fit && steps <= most_blocks * t.teams * most_clustered;
+  int64_t tiles = !t.clustered && steps <= t.teams * most_alone ? 1 : std::max<int64_t>(1, wanted);
+  if (t.clustered) {  // a power of two, of which some may be empty
+    tiles = std::min(tiles, most_blocks);
+    while ((tiles & (tiles - 1)) != 0) --tiles;
+  }
   t.steps = unsigned(ceil_div<int64_t>(steps, tiles * t.teams));
-  t.tiles = unsigned(std::max<int64_t>(1, ceil_div<int64_t>(steps, std::max<int64_t>(1, int64_t(t.teams) * t.steps))));
+  t.tiles = unsigned(tiles);
+  if (!t.clustered && steps > 0) t.tiles = unsigned(ceil_div<int64_t>(steps, int64_t(t.teams) * t.steps));
   const size_t with_codes = t.block_ints * sizeof(int32_t) + t.code_bytes();
   if (t.memory == Memory::SharedInts && int64_t(with_codes) <= shared) t.memory = Memory::Shared;
 
@@ -121,7 +131,7 @@ inline AssignTask task_of(const Assign& a) {
     reserve(t.keys, a.groups * t.pairs * int64_t(a.is_double ? sizeof(int64_t) : sizeof(int32_t)));
     reserve(t.queues, a.groups * t.pairs * of_int);
   }
-  if (t.tiles > 1) {
+  if (t.tiles > 1 && !t.clustered) {
     reserve(t.counts, blocks * t.bins * of_int);
     reserve(t.totals, a.groups * t.bins * of_int);
   }

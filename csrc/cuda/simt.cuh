@@ -24,6 +24,9 @@
   T* const name = reinterpret_cast<T*>(simt_dynamic_shared)
 #define SIMT_LAUNCH(kernel, grid, block, smem, stream, args) \
   ::topn_gating::cuda::launch(kernel, grid, block, smem, stream, args, false)
+// Launches a kernel in clusters of so many neighbouring blocks, at most 8, which can call `sync_cluster`. See `has_clusters`.
+#define SIMT_LAUNCH_CLUSTERS(kernel, grid, cluster, block, smem, stream, args) \
+  ::topn_gating::cuda::launch_clusters(kernel, grid, cluster, block, smem, stream, args)
 // Launches a kernel whose blocks are all resident, so that they can call `sync_grid`.
 #define SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, smem, stream, args) \
   ::topn_gating::cuda::launch(kernel, grid, block, smem, stream, args, true)
@@ -63,10 +66,53 @@ cudaError_t launch(void (*kernel)(Args), unsigned grid, unsigned block, size_t s
                      : cudaLaunchKernel(function, dim3(grid), dim3(block), parameters, smem, stream);
 }
 
+template <class Args>
+cudaError_t launch_clusters(void (*kernel)(Args), unsigned grid, unsigned cluster, unsigned block, size_t smem,
+                            cudaStream_t stream, Args args) {
+  const cudaError_t refused = allow_shared(kernel, smem);
+  if (refused != cudaSuccess) return refused;
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = cluster;
+  size.val.clusterDim.y = size.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  config.attrs = &size;
+  config.numAttrs = 1;
+  void* parameters[] = {&args};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
+}
+
 // A barrier for all threads of a cooperative launch.
 __device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
+
+// A barrier for all threads of a cluster.
+__device__ __forceinline__ void sync_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#endif
+}
+
+// Returns where block `rank` of the cluster has what this block has at an address in shared memory.
+template <class T>
+__device__ __forceinline__ T* in_block_of_cluster(T* address, [[maybe_unused]] unsigned rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(address, int(rank));
+#else
+  return address;
+#endif
+}
 #else
 __device__ __forceinline__ void sync_grid() { simt_grid_sync(); }
+__device__ __forceinline__ void sync_cluster() { simt_cluster_sync(); }
+
+template <class T>
+__device__ __forceinline__ T* in_block_of_cluster(T* address, unsigned rank) {
+  return static_cast<T*>(::simt::shared_of(address, rank));
+}
 
 template <class Args>
 int resident_blocks(void (* /*kernel*/)(Args), unsigned /*block*/, size_t /*smem*/) {
@@ -79,6 +125,19 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 1;
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
   return value;
+}
+
+// Returns whether the device has clusters and the kernel's code is for such a device.
+template <class Args>
+bool has_clusters([[maybe_unused]] void (*kernel)(Args)) {
+  if (device_attribute(cudaDevAttrClusterLaunch) == 0) return false;
+#ifdef TOPN_SIMT_HOST
+  return true;
+#else
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  return error == cudaSuccess && attributes.ptxVersion >= 90;
+#endif
 }
 
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % kWarp; }

@@ -133,6 +133,21 @@ __global__ void prefix_kernel(BlockSumsArgs a) {
   a.y[at] = before + a.x[at];
 }
 
+__global__ void cluster_kernel(BlockSumsArgs a) {
+  SIMT_DYN_SMEM(int, shared);
+  constexpr unsigned blocks = 4;  // of a cluster
+  const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+  const int sum = block_sum(shared, a.x[at]);
+  if (threadIdx.x == 0) shared[blockDim.x] = sum;  // fault NoClusterSync
+  if (a.fault != Fault::NoClusterSync) simt_cluster_sync();
+  int before = 0;
+  for (unsigned b = 0; b < blockIdx.x % blocks; ++b) {
+    before += *static_cast<int*>(simt::shared_of(&shared[blockDim.x], b));  // fault NoClusterSync, EarlyExit
+  }
+  a.y[at] = before + a.x[at];
+  if (a.fault != Fault::EarlyExit) simt_cluster_sync();
+}
+
 __global__ void last_kernel(BlockSumsArgs a) {
   SIMT_DYN_SMEM(int, shared);
   const int sum = block_sum(shared, a.x[blockIdx.x * blockDim.x + threadIdx.x]);
@@ -246,6 +261,20 @@ Outcome grid_prefix(Fault fault) {
   }
   const BlockSumsArgs args{x.data(), y.data(), block_sums.data(), nullptr, fault};
   return judge(SIMT_LAUNCH_COOPERATIVE(prefix_kernel, blocks, block, block * sizeof(int), nullptr, args), y, expected);
+}
+
+Outcome cluster_sums(Fault fault) {
+  constexpr int blocks = 8, cluster = 4, block = 64;
+  const std::vector<int> x = numbers<int>(blocks * block);
+  std::vector<int> y(x.size()), expected(x);
+  for (int b = 0; b < blocks; ++b) {
+    for (int i = 0; i < block; ++i) {
+      for (int j = b / cluster * cluster * block; j < b * block; ++j) expected[b * block + i] += x[j];
+    }
+  }
+  const BlockSumsArgs args{x.data(), y.data(), nullptr, nullptr, fault};
+  const size_t shared = (block + 1) * sizeof(int);
+  return judge(SIMT_LAUNCH_CLUSTERS(cluster_kernel, blocks, cluster, block, shared, nullptr, args), y, expected);
 }
 
 Outcome last_block(Fault fault) {

@@ -8,10 +8,11 @@
 enum class Fault {
   None,
   // Races between threads, which ThreadSanitizer reports.
-  NoFirstBarrier, NoSecondBarrier, NoSyncWarp, ShuffleForSyncWarp, HalfMasks, NoGridSync, PlainTicket, SharedAdd, BlocksAdd,
+  NoFirstBarrier, NoSecondBarrier, NoSyncWarp, ShuffleForSyncWarp, HalfMasks, NoGridSync, NoClusterSync, EarlyExit,
+  PlainTicket, SharedAdd, BlocksAdd,
   // Wrong uses of warp operations and barriers, which the scheduler reports.
   DivergentShuffle, DivergentExit, OutsideMask, NotInOwnMask, ExitedLane, MissingLane, OtherOperation, OtherCaller,
-  OtherMask, BadWidth, ShuffleAgainstBarrier, MissedBarrier, OtherLine, NotCooperative, Deadlock,
+  OtherMask, BadWidth, ShuffleAgainstBarrier, MissedBarrier, OtherLine, NotCooperative, NoCluster, Deadlock,
   // Wrong accesses and shifts, which AddressSanitizer and UndefinedBehaviorSanitizer report.
   SharedOverrun, Misaligned, ShiftTooLarge,
 };
@@ -27,6 +28,7 @@ Outcome softmax(Fault);        // softmax of rows, one warp to a row, by shuffle
 Outcome block_scan(Fault);     // inclusive sums of tiles through shared memory, with two barriers a tile
 Outcome warp_reverse(Fault);   // exchange of values through shared memory, with __syncwarp
 Outcome grid_prefix(Fault);    // sums over the blocks of a cooperative launch, with a barrier of the grid
+Outcome cluster_sums(Fault);   // sums of the shared memory of a cluster's blocks, with barriers of the cluster
 Outcome last_block(Fault);     // sum by the block that finishes last of what all blocks have stored
 Outcome histogram(Fault);      // atomics on shared and global memory
 Outcome memory(Fault);         // 16-byte loads, shared memory and a shift

@@ -57,6 +57,7 @@ __global__ void misuse_kernel(MisuseArgs a) {
     __syncthreads();  // fault OtherLine, MissedBarrier, ShuffleAgainstBarrier
   }
   if (fault == Fault::NotCooperative) simt_grid_sync();  // fault NotCooperative
+  if (fault == Fault::NoCluster) simt_cluster_sync();  // fault NoCluster
   a.y[blockIdx.x * blockDim.x + threadIdx.x] = v;
 }
 

@@ -41,7 +41,8 @@ struct Kernel {
   Outcome (*run)(Fault);
 };
 constexpr Kernel kRight[] = {{"softmax", softmax},         {"block_scan", block_scan}, {"warp_reverse", warp_reverse},
-                             {"grid_prefix", grid_prefix}, {"last_block", last_block}, {"histogram", histogram},
+                             {"grid_prefix", grid_prefix}, {"cluster_sums", cluster_sums},
+                             {"last_block", last_block}, {"histogram", histogram},
                              {"memory", memory},           {"operations", operations}, {"primitives", primitives}};
 
 struct Planted {
@@ -59,6 +60,8 @@ constexpr Planted kPlanted[] = {
     {"ShuffleForSyncWarp", warp_reverse, Fault::ShuffleForSyncWarp, kTsan, kRace},
     {"HalfMasks", warp_reverse, Fault::HalfMasks, kTsan, kRace},
     {"NoGridSync", grid_prefix, Fault::NoGridSync, kTsan, kRace},
+    {"NoClusterSync", cluster_sums, Fault::NoClusterSync, kTsan, kRace},
+    {"EarlyExit", cluster_sums, Fault::EarlyExit, kTsan, kRace},
     {"PlainTicket", last_block, Fault::PlainTicket, kTsan, kRace},
     {"SharedAdd", histogram, Fault::SharedAdd, kTsan, kRace},
     {"BlocksAdd", histogram, Fault::BlocksAdd, kTsan, kRace},
@@ -79,6 +82,7 @@ constexpr Planted kPlanted[] = {
     {"MissedBarrier", operations, Fault::MissedBarrier, kScheduler, "exit"},
     {"OtherLine", operations, Fault::OtherLine, kScheduler, "at different barriers"},
     {"NotCooperative", operations, Fault::NotCooperative, kScheduler, "not cooperative"},
+    {"NoCluster", operations, Fault::NoCluster, kScheduler, "a launch that has none"},
     {"Deadlock", operations, Fault::Deadlock, kScheduler, "no thread can run"},
 };
 
@@ -178,7 +182,7 @@ void test_sanitized(const Planted& planted) {
 // Returns whether the fault, a missing barrier, gives a wrong result in some schedule, so that it shows without ThreadSanitizer.
 bool shows(Fault fault) {
   return fault == Fault::NoFirstBarrier || fault == Fault::NoSecondBarrier || fault == Fault::NoSyncWarp ||
-         fault == Fault::NoGridSync;
+         fault == Fault::NoGridSync || fault == Fault::NoClusterSync || fault == Fault::EarlyExit;
 }
 
 void test_wrong_result(const Planted& planted) {
@@ -214,6 +218,17 @@ void test_refused() {
   CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess && count == 4, "the attribute");
   simt_set_multiprocessors(3);
   CHECK(simt_launches() == 9, "the number of launches");
+  const auto launch_clusters = [](uint64_t grid, unsigned cluster) {
+    struct Args {};
+    void (*kernel)(Args) = [](Args) {};
+    return SIMT_LAUNCH_CLUSTERS(kernel, grid, cluster, 32, 0, nullptr, Args{});
+  };
+  CHECK(launch_clusters(18, 9) == cudaErrorInvalidConfiguration, "9 blocks in a cluster");
+  CHECK(launch_clusters(9, 2) == cudaErrorInvalidConfiguration, "a part of a cluster");
+  CHECK(launch_clusters(16, 8) == cudaSuccess, "8 blocks in a cluster");
+  simt_set_clusters(0);
+  CHECK(launch_clusters(16, 8) == cudaErrorInvalidConfiguration, "clusters on a device without");
+  simt_set_clusters(1);
 }
 
 // Tests launches from several OS threads at once, which run one after another.

@@ -15,8 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BARRIER = re.compile(r"(?<!void )\b(?:__syncthreads|__syncwarp|sync_grid)\(\)")
-ANY_BARRIER = re.compile(r"(?<!void )\b(?:__sync\w+|sync_grid) *\(")
+BARRIER = re.compile(r"(?<!void )\b(?:__syncthreads|__syncwarp|sync_grid|sync_cluster)\(\)")
+ANY_BARRIER = re.compile(r"(?<!void )\b(?:__sync\w+|sync_grid|sync_cluster) *\(")
 SCHEDULER = ["scheduler", "fiber", "meet", "launch", "report"]
 TESTS = [ROOT / "tests/kernels/kernels_test.cpp", *sorted((ROOT / "tests/kernels/harness").glob("*.cpp"))]
 CPU = ["level", "level_avx2", "level_avx512", "level_baseline", "workspace"]

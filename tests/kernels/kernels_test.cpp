@@ -40,11 +40,12 @@ struct Schedule {
   // Byte with which outputs and workspace are filled. An element that is not written is NaN or -1 in the first schedule, and
   // differs between the schedules.
   int fill;
+  bool clusters;  // whether the device has them
 };
-constexpr Schedule kSchedules[] = {{"fifo", SIMT_FIFO, 0, 0xff},
-                                   {"lifo", SIMT_LIFO, 0, 0x55},
-                                   {"random 1", SIMT_RANDOM, 1, 0xff},
-                                   {"random 2", SIMT_RANDOM, 2, 0x2a}};
+constexpr Schedule kSchedules[] = {{"fifo", SIMT_FIFO, 0, 0xff, false},
+                                   {"lifo", SIMT_LIFO, 0, 0x55, true},
+                                   {"random 1", SIMT_RANDOM, 1, 0xff, false},
+                                   {"random 2", SIMT_RANDOM, 2, 0x2a, true}};
 
 std::string name_of(const Case& c) {
   std::string text = harness::name_of(c.dtype);
@@ -127,6 +128,7 @@ class Suite {
       if (cpu_alone_) return;
       Tensors first;
       for (const Schedule& schedule : kSchedules) {
+        simt_set_clusters(schedule.clusters);
         const auto workspace_bytes = [&] { return cuda::workspace_bytes(args); };
         Tensors got = call.attach(host_memory_of, workspace_bytes, c.aligned, schedule.fill);
         simt_reset();
