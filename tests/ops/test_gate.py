@@ -188,7 +188,7 @@ def test_scores_that_differ_in_their_last_bits(backend, experts, top_n, kind):
     check(GateCase(logits, top_n), backend)
 
 
-@pytest.mark.parametrize(("experts", "tokens"), [(32, 640), (64, 640), (128, 320), (256, 160), (512, 80)])
+@pytest.mark.parametrize(("experts", "tokens"), [(32, 480), (64, 320), (128, 320), (256, 160), (512, 80)])
 def test_second_path_is_taken_where_it_must_and_rarely(backend, experts, tokens):
     """Counts the warps that choose by whole scores, on the emulator: a warp has at most eight tokens here."""
     if not isinstance(backend, SimtBackend):
@@ -200,7 +200,7 @@ def test_second_path_is_taken_where_it_must_and_rarely(backend, experts, tokens)
         case.run(backend)
         return backend.library.simt_events()
 
-    assert warps(normal) <= 4  # of at least 80
+    assert warps(normal) <= 4  # of at least 60
     assert warps(normal.bfloat16().float()) <= 4  # many scores are equal: their order is that of the experts
     assert warps(normal.bfloat16()) == 0
     assert warps(torch.zeros_like(normal)) == 0
@@ -222,8 +222,10 @@ GROUPED = {
 }
 
 
-@pytest.mark.parametrize("options", GROUPED.values(), ids=GROUPED)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [("sigmoid", torch.bfloat16), ("sigmoid", torch.float32), ("softmax", torch.bfloat16), ("noise", torch.float32)],
+)
 @pytest.mark.parametrize(
     ("experts", "top_n", "groups", "top_groups"),
     [
@@ -238,7 +240,7 @@ GROUPED = {
     ],
 )
 def test_groups_of_many_experts(backend, experts, top_n, groups, top_groups, dtype, options):
-    case = gate_case((1, 13, experts), top_n, dtype=dtype, groups=groups, top_groups=top_groups, **options)
+    case = gate_case((1, 13, experts), top_n, dtype=dtype, groups=groups, top_groups=top_groups, **GROUPED[options])
     check(case, backend)
     grads = case.random_gradients()
     assert_near(case.backward(backend, grads), case.oracle_gradient(grads))
