@@ -286,7 +286,8 @@ class RowRouter {
     TOPN_UNROLL
     for (int j = 1; j < kRanks; ++j) least = rank(j) == top_n_ - 1 ? score_[j] : least;
     const int32_t bits = __float_as_int(RowLayout::from(Top::thread_of(top_n_ - 1), least));
-    const unsigned first = unsigned(bits >= 0 ? bits + 1 : bits & ~Key::kMask), count = (bits >= 0 ? ~bits : bits) & Key::kMask;
+    const unsigned first = bits >= 0 ? unsigned(bits) + 1 : unsigned(bits & ~Key::kMask);
+    const unsigned count = (bits >= 0 ? ~bits : bits) & Key::kMask;
     TOPN_UNROLL
     for (int i = 0; i < RowLayout::count; ++i) wrong |= unsigned(__float_as_int(s[i])) - first < count && is_open(i);
     return wrong;
