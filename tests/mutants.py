@@ -41,6 +41,8 @@ STRATA = {
 # Files that the tests of a machine without a GPU do not run, or whose changes they need not notice.
 LEFT_OUT = {"csrc/torch/cuda_backend.cpp", "csrc/torch/no_cuda_backend.cpp", "topn_gating/__main__.py", "csrc/inline.h"}
 OPERATORS = ("gate_backward", "gate", "assign", "dense", "dispatch", "combine", "grouped_linear", "linear")
+# Files of an operator under other names.
+PARTS = {"gate": ("gate_sums", "choice", "top8", "topn", "exponential"), "assign": ("pairs", "counts", "select")}
 
 # Flags that make unaligned accesses fail, as on a GPU; x86 would allow them.
 TRAPS = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
@@ -295,8 +297,9 @@ class Workshop:
 
 def operator_of(path: str) -> str | None:
     """Returns the operator that a file is named after."""
-    shared = "top8|topn|exponential"  # by `gate` and its gradient
-    return next((name for name in OPERATORS if re.match(rf"{name}(?!\w)|{name}_any|{shared}", Path(path).stem)), None)
+    stem = Path(path).stem
+    parts = {name: operator for operator, names in PARTS.items() for name in names}
+    return parts.get(stem) or next((name for name in OPERATORS if re.match(rf"{name}(?!\w)|{name}_any", stem)), None)
 
 
 def python_tests(path: str) -> list[str]:

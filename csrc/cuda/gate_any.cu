@@ -272,17 +272,13 @@ __global__ void gate_statistics(GateTask task) {
   statistics[2] = Weight(logit_rms(all_squares, valid, a.experts));
 }
 
-template <class T, class RowLayout>
-GateLaunch any_launch(const Gate& a, T* /*element*/, RowLayout* layout) {
-  return GateLaunch(a, gate_any<T, RowLayout>, layout, AnyRouter<T, RowLayout>::row_bytes_per_expert, 0);
-}
+}  // namespace
 
-// Calls f with the launch of `gate_any`.
-template <class F>
-cudaError_t with_any_launch(const Gate& a, const F& f) {
-  return with_type(a.dtype, [&](auto* element) {
+GateLaunch any_launch(const Gate& a) {
+  return launch_of_any<GateLaunch>(a, [&](auto* element, auto* layout) {
     using T = std::remove_pointer_t<decltype(element)>;
-    return with_general_layout<T>(a.experts, a.soft, [&](auto* layout) { return f(any_launch(a, element, layout)); });
+    using RowLayout = std::remove_pointer_t<decltype(layout)>;
+    return GateLaunch(a, gate_any<T, RowLayout>, layout, AnyRouter<T, RowLayout>::row_bytes_per_expert, 0);
   });
 }
 
@@ -290,24 +286,6 @@ cudaError_t launch_statistics(const GateTask& task, cudaStream_t stream) {
   const unsigned warps = SIMT_BLOCK_THREADS / kWarp;
   const auto kernel = task.gate.dtype == DType::F64 ? gate_statistics<double> : gate_statistics<float>;
   return SIMT_LAUNCH(kernel, 1u, warps * kWarp, warps * 4 * sizeof(double), stream, task);
-}
-
-}  // namespace
-
-int64_t workspace_bytes_any(const Gate& a) {
-  int64_t bytes = 0;
-  with_any_launch(a, [&](const GateLaunch& launch) {
-    bytes = launch.task.space.bytes;
-    return cudaSuccess;
-  });
-  return bytes;
-}
-
-cudaError_t run_any(const Gate& a, cudaStream_t stream) {
-  return with_any_launch(a, [&](const GateLaunch& launch) {
-    const cudaError_t error = launch.run(stream);
-    return error == cudaSuccess && a.statistics != nullptr ? launch_statistics(launch.task, stream) : error;
-  });
 }
 
 }  // namespace topn_gating::cuda

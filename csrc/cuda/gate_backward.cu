@@ -31,7 +31,9 @@ class RowGradient {
 
   __device__ RowGradient(const GateBackwardTask& task, float* shared)
       : task_(task), a_(task.gate), layout_(task.gate.experts), losses_(task),
-        row_(shared + int(threadIdx.x) / kWidth * kRowFloats), ranks_(a_.grad_weight == nullptr || is_constant() ? 0 : int(a_.top_n)), scale_(float(a_.scale)), row_id_(lane_id() / kWidth) {
+        row_(shared + int(threadIdx.x) / kWidth * kRowFloats),
+        ranks_(a_.grad_weight == nullptr || is_constant() ? 0 : int(a_.top_n)), scale_(float(a_.scale)),
+        row_id_(lane_id() / kWidth) {
     keep(scale_);
     keep(row_id_);
     clear_row();
@@ -245,11 +247,11 @@ class RowGradient {
   const GateBackward& a_;
   const RowLayout layout_;
   const LossGradients<float> losses_;
-  float* const row_;  // in shared memory
-  const int ranks_;  // ranks whose weights have a gradient
+  float* const row_;   // in shared memory
+  const int ranks_;    // ranks whose weights have a gradient
   float scale_;
-  unsigned row_id_;  // index of the row in the warp
-  Row importance_;  // the group's ImportanceGradient
+  unsigned row_id_;    // index of the row in the warp
+  Row importance_;     // the group's ImportanceGradient
 
   // Of the next token.
   int expert_[kRanks];
@@ -276,49 +278,21 @@ Kind kind_of(const GateBackward& a) {
   return a.noise == nullptr && a.token_mask == nullptr && a.top_n <= 8 ? Kind::Plain : Kind::Scores;
 }
 
-template <Kind kind, class T, class RowLayout>
-GateBackwardLaunch launch_of(const GateBackward& a, T* /*element*/, RowLayout* layout) {
-  const size_t shared = RowGradient<T, RowLayout, kind>::shared_bytes(kBlockThreads<RowLayout>);
-  return GateBackwardLaunch(a, gate_backward_rows<T, RowLayout, kind>, layout, 0, shared);
-}
-
-template <class T, class RowLayout>
-GateBackwardLaunch rows_launch(const GateBackward& a, T* element, RowLayout* layout) {
-  switch (kind_of(a)) {
-    case Kind::Plain: return launch_of<Kind::Plain>(a, element, layout);
-    case Kind::Scores: return launch_of<Kind::Scores>(a, element, layout);
-    default: return launch_of<Kind::Gates>(a, element, layout);
-  }
-}
-
-// Calls f with the launch of `gate_backward_rows`.
-template <class F>
-cudaError_t with_rows_launch(const GateBackward& a, const F& f) {
-  return with_type(a.dtype, [&](auto* element) {
+GateBackwardLaunch launch_of(const GateBackward& a) {
+  if (!in_rows(a)) return any_launch(a);
+  return launch_of_rows<GateBackwardLaunch>(a, kind_of(a), [&](auto* element, auto* layout, auto kind) {
     using T = std::remove_pointer_t<decltype(element)>;
-    if constexpr (std::is_same_v<T, double>) {
-      return cudaErrorInvalidValue;
-    } else {
-      return with_layout<T>(a.experts, [&](auto* layout) { return f(rows_launch(a, element, layout)); });
-    }
+    using RowLayout = std::remove_pointer_t<decltype(layout)>;
+    constexpr Kind K = decltype(kind)::value;
+    const size_t shared = RowGradient<T, RowLayout, K>::shared_bytes(kBlockThreads<RowLayout>);
+    return GateBackwardLaunch(a, gate_backward_rows<T, RowLayout, K>, layout, 0, shared);
   });
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const GateBackward& a) {
-  if (!in_rows(a)) return workspace_bytes_any(a);
-  int64_t bytes = 0;
-  with_rows_launch(a, [&](const GateBackwardLaunch& launch) {
-    bytes = launch.bytes;
-    return cudaSuccess;
-  });
-  return bytes;
-}
+int64_t workspace_bytes(const GateBackward& a) { return launch_of(a).bytes; }
 
-cudaError_t run(const GateBackward& a, cudaStream_t stream) {
-  if (!in_rows(a)) return run_any(a, stream);
-  return with_rows_launch(a, [&](const GateBackwardLaunch& launch) { return launch.run(stream); });
-}
+cudaError_t run(const GateBackward& a, cudaStream_t stream) { return launch_of(a).run(stream); }
 
 }  // namespace topn_gating::cuda

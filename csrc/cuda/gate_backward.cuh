@@ -72,10 +72,12 @@ class LossGradients {
 
 // A kernel of the gradient, with its tiles and its workspace.
 struct GateBackwardLaunch {
-  void (*kernel)(GateBackwardTask);
-  size_t shared_bytes;
-  GateBackwardTask task;
-  int64_t bytes;  // of the workspace
+  void (*kernel)(GateBackwardTask) = nullptr;
+  size_t shared_bytes = 0;
+  GateBackwardTask task{};
+  int64_t bytes = 0;  // of the workspace
+
+  GateBackwardLaunch() = default;
 
   // `row_bytes` is the global memory for an expert of a row.
   template <class RowLayout>
@@ -99,8 +101,7 @@ struct GateBackwardLaunch {
   }
 };
 
-// The kernel for any router (gate_backward_any.cu).
-int64_t workspace_bytes_any(const GateBackward& a);
-cudaError_t run_any(const GateBackward& a, cudaStream_t stream);
+// Returns the launch of the kernel for any router (gate_backward_any.cu).
+GateBackwardLaunch any_launch(const GateBackward& a);
 
 }  // namespace topn_gating::cuda

@@ -169,22 +169,6 @@ __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowL
   }
 }
 
-template <class T, class RowLayout>
-GateBackwardLaunch any_launch(const GateBackward& a, T* /*element*/, RowLayout* layout) {
-  const bool softmax = a.score == Score::Softmax;
-  const auto kernel = softmax ? gate_backward_any<T, RowLayout, true> : gate_backward_any<T, RowLayout, false>;
-  return GateBackwardLaunch(a, kernel, layout, (softmax ? 4 : 5) * sizeof(typename RowLayout::Scalar), 0);
-}
-
-// Calls f with the launch of `gate_backward_any`.
-template <class F>
-cudaError_t with_any_launch(const GateBackward& a, const F& f) {
-  return with_type(a.dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    return with_general_layout<T>(a.experts, a.soft, [&](auto* layout) { return f(any_launch(a, element, layout)); });
-  });
-}
-
 }  // namespace
 
 cudaError_t launch_count(const GateBackwardTask& task, cudaStream_t stream) {
@@ -194,17 +178,14 @@ cudaError_t launch_count(const GateBackwardTask& task, cudaStream_t stream) {
   return SIMT_LAUNCH(kernel, blocks, warps * kWarp, warps * sizeof(double), stream, task);
 }
 
-int64_t workspace_bytes_any(const GateBackward& a) {
-  int64_t bytes = 0;
-  with_any_launch(a, [&](const GateBackwardLaunch& launch) {
-    bytes = launch.bytes;
-    return cudaSuccess;
+GateBackwardLaunch any_launch(const GateBackward& a) {
+  return launch_of_any<GateBackwardLaunch>(a, [&](auto* element, auto* layout) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    using RowLayout = std::remove_pointer_t<decltype(layout)>;
+    const bool softmax = a.score == Score::Softmax;
+    const auto kernel = softmax ? gate_backward_any<T, RowLayout, true> : gate_backward_any<T, RowLayout, false>;
+    return GateBackwardLaunch(a, kernel, layout, (softmax ? 4 : 5) * sizeof(typename RowLayout::Scalar), 0);
   });
-  return bytes;
-}
-
-cudaError_t run_any(const GateBackward& a, cudaStream_t stream) {
-  return with_any_launch(a, [&](const GateBackwardLaunch& launch) { return launch.run(stream); });
 }
 
 }  // namespace topn_gating::cuda

@@ -48,7 +48,7 @@ struct AssignTask {
   unsigned warps;         // warps of a block
   Memory memory;
   int64_t counters;       // ints of the counters: (units, e), and with keys at least those of a digit for each warp
-  int64_t block_ints;     // ints of a block: see Block
+  int64_t block_ints;     // ints of a block: see TileCounts
   int32_t* counts;        // (g, tiles, bins) routed pairs of the tile, later those of the tiles before it
   int32_t* totals;        // (g, bins) routed pairs of the group
   int32_t* block_memory;  // (blocks, block_ints), null where they are in shared memory

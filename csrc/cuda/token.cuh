@@ -103,6 +103,39 @@ auto with_general_layout(int64_t experts, bool soft, const F& f) {
   return experts <= 256 ? call((WarpLayout<double, 32, 8, 1>*)nullptr) : call((WarpLayout<double, 32, 0, 1>*)nullptr);
 }
 
+// Returns f(element, layout, kind): null pointers whose types are the element type and the layout of at most kMostExperts, and the
+// kind as a constant. The elements are not double.
+template <class Launch, class F>
+Launch launch_of_rows(const GateInputs& a, Kind kind, const F& f) {
+  Launch launch;
+  with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    if constexpr (!std::is_same_v<T, double>) {
+      with_layout<T>(a.experts, [&](auto* layout) {
+        switch (kind) {
+          case Kind::Plain: launch = f(element, layout, std::integral_constant<Kind, Kind::Plain>()); break;
+          case Kind::Scores: launch = f(element, layout, std::integral_constant<Kind, Kind::Scores>()); break;
+          case Kind::Gates: launch = f(element, layout, std::integral_constant<Kind, Kind::Gates>()); break;
+        }
+      });
+    }
+    return cudaSuccess;
+  });
+  return launch;
+}
+
+// Returns f(element, layout): the same with the layout for any number of experts.
+template <class Launch, class F>
+Launch launch_of_any(const GateInputs& a, const F& f) {
+  Launch launch;
+  with_type(a.dtype, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    with_general_layout<T>(a.experts, a.soft, [&](auto* layout) { launch = f(element, layout); });
+    return cudaSuccess;
+  });
+  return launch;
+}
+
 // Whether a row serves the soft top-n alone: it is computed in double, although the elements are not double.
 template <class T, class RowLayout>
 constexpr bool kSoftOnly = std::is_same_v<typename RowLayout::Scalar, double> && !std::is_same_v<T, double>;

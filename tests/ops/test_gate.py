@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import BACKENDS
 from cases import FLOATS, GateCase, SimtBackend, dtypes, gate_case
 from compare import assert_near, assert_relative, assert_same_bits, assert_same_for_any_schedule, spread
 
@@ -188,11 +189,13 @@ def test_scores_that_differ_in_their_last_bits(backend, experts, top_n, kind):
     check(GateCase(logits, top_n), backend)
 
 
+EMULATORS = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, SimtBackend)}
+
+
+@pytest.mark.parametrize("backend", EMULATORS.values(), ids=EMULATORS)
 @pytest.mark.parametrize(("experts", "tokens"), [(32, 480), (64, 320), (128, 320), (256, 160), (512, 80)])
 def test_second_path_is_taken_where_it_must_and_rarely(backend, experts, tokens):
-    """Counts the warps that choose by whole scores, on the emulator: a warp has at most eight tokens here."""
-    if not isinstance(backend, SimtBackend):
-        pytest.skip("only the emulator counts")
+    """Counts the warps that choose by whole scores, which the emulator alone can: a warp has at most eight tokens here."""
     normal = torch.randn(1, tokens, experts)
 
     def warps(logits):
