@@ -93,7 +93,8 @@ struct Machine {
   const char* error = nullptr;  // what the current thread did wrong, which ends the launch
 
   Context launcher;  // the OS thread that called launch()
-  // ThreadSanitizer's fiber that sets blocks up. No block that has run is ordered before it, as it would be before the launcher.
+  // ThreadSanitizer's fiber that sets blocks up. No block that has run is ordered before it, as it would be before the
+  // launcher.
   void* setter = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
 };

@@ -1,5 +1,5 @@
-// docs/spec.md, step 5, on a GPU: the experts that a token chooses by selection scores, which are in the registers of the threads
-// that share its row.
+// docs/spec.md, step 5, on a GPU: the experts that a token chooses by selection scores, which are in the registers of the
+// threads that share its row.
 #pragma once
 
 #include "cuda/token.cuh"
@@ -11,7 +11,8 @@ namespace topn_gating::cuda {
 template <class RowLayout>
 bool groups_fit(const Gate& a) {
   const int64_t size = a.experts / a.expert_groups, threads = size / RowLayout::chunk;
-  return a.expert_groups == 1 || (size % RowLayout::chunk == 0 && (threads & (threads - 1)) == 0 && threads <= RowLayout::width);
+  const bool share = size % RowLayout::chunk == 0 && (threads & (threads - 1)) == 0 && threads <= RowLayout::width;
+  return a.expert_groups == 1 || share;
 }
 
 // Chooses experts, those of the ranks that this thread has.
@@ -84,7 +85,9 @@ class RowChoice {
     for (int d = 0; d < columns; ++d) open |= int(better[d] < a_.top_groups) << d;
   }
   // Returns whether value i of this thread is in an open group.
-  __device__ __forceinline__ bool is_open(int i) const { return kind != Kind::Gates || (open >> i / RowLayout::chunk & 1) != 0; }
+  __device__ __forceinline__ bool is_open(int i) const {
+    return kind != Kind::Gates || (open >> i / RowLayout::chunk & 1) != 0;
+  }
 
   // Reads the experts that a caller chose for a token; -1 stands for none.
   __device__ __forceinline__ void read_given(int64_t token) {

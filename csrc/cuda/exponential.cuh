@@ -40,8 +40,8 @@ __device__ __forceinline__ float binary_logarithm(float x) {
 #endif
 }
 
-// exp(s) / 2^M, where the integer M is log2(exp(max)), rounded. With s log2(e) = n + f, for an integer n, it is 2^f 2^(n - M), and no
-// digit of s - max is lost: f comes from one rounding.
+// exp(s) / 2^M, where the integer M is log2(exp(max)), rounded. With s log2(e) = n + f, for an integer n, it is 2^f 2^(n - M),
+// and no digit of s - max is lost: f comes from one rounding.
 class ExpBelow {
  public:
   // The largest |max|. Beyond it, scores that matter are within a factor of two of max, so that s - max is exact: callers

@@ -1,5 +1,5 @@
-// docs/spec.md, steps 3 to 6 and 10, on a GPU, for up to 512 experts and 16 ranks: the threads of a warp, or of a part of one, share a
-// token, whose row is in registers. gate_any.cu has the kernel for all other routers and sizes.
+// docs/spec.md, steps 3 to 6 and 10, on a GPU, for up to 512 experts and 16 ranks: the threads of a warp, or of a part of one,
+// share a token, whose row is in registers. gate_any.cu has the kernel for all other routers and sizes.
 #include "cuda/choice.cuh"
 #include "cuda/exponential.cuh"
 #include "cuda/gate.cuh"
@@ -8,8 +8,8 @@
 namespace topn_gating::cuda {
 namespace {
 
-// Logsumexps of a row's tokens on their way to the sums. Each thread in turn keeps that of a token, and all take their logarithms at
-// once.
+// Logsumexps of a row's tokens on their way to the sums. Each thread in turn keeps that of a token, and all take their
+// logarithms at once.
 template <class RowLayout>
 class PendingLogs {
  public:
@@ -114,7 +114,8 @@ class RowRouter {
 
  private:
   // Turns scores into gates, in place, and chooses by either. Returns what the gates are multiplied by in the sums.
-  __device__ __forceinline__ float choose_by_gates(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, Row& s, bool adds_log) {
+  __device__ __forceinline__ float choose_by_gates(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, Row& s,
+                                                   bool adds_log) {
     Row selection = s;
     float share = 1;
     if (a_.score == Score::Softmax) {
@@ -191,7 +192,8 @@ class RowRouter {
   }
 
   // Adds the logsumexp of a token's logits, where it does not come with the gates.
-  __device__ __forceinline__ void add_logits(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, const Row& z, bool counted) {
+  __device__ __forceinline__ void add_logits(TileSums<RowLayout>& sums, PendingLogs<RowLayout>& logs, const Row& z,
+                                             bool counted) {
     Row logits = z;
     logs.add(sums, counted, Exponentials(logits, highest_of<RowLayout>(z)));
   }

@@ -16,7 +16,8 @@ __device__ void write_no_losses(const Gate& a) {
   if (first == 0) *static_cast<Weight*>(a.balance_loss) = *static_cast<Weight*>(a.router_z_loss) = 0;
 }
 
-// Processes all tiles by one_tile(sums, index), and what follows from their sums. The launch is cooperative where losses are wanted.
+// Processes all tiles by one_tile(sums, index), and what follows from their sums. The launch is cooperative where losses are
+// wanted.
 template <class Weight, class RowLayout, class OneTile>
 __device__ __forceinline__ void for_tiles(const GateTask& task, const RowLayout& layout, double* shared, int counted_ranks,
                                           const OneTile& one_tile) {

@@ -199,9 +199,10 @@ __device__ __forceinline__ double soften(const Gate& a, const RowLayout& layout,
 // docs/spec.md, step 6: divides the v_k of a token.
 template <class T, class RowLayout>
 __device__ __forceinline__ void normalise(const Gate& a, const RowLayout& layout, int64_t token, double sum) {
+  using Scalar = typename RowLayout::Scalar;
   const Outputs<T> out(a, token);
   for (int64_t k = layout.thread; k < a.top_n; k += RowLayout::width) {
-    out.weight[k] = ComputeType<T>(typename RowLayout::Scalar(out.weight[k]) / typename RowLayout::Scalar(weight_divisor(sum, a)));
+    out.weight[k] = ComputeType<T>(Scalar(out.weight[k]) / Scalar(weight_divisor(sum, a)));
   }
 }
 

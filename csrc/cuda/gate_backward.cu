@@ -1,6 +1,7 @@
-// Gradients of docs/spec.md, steps 4 to 6 and 10, on a GPU, for up to 512 experts and 16 ranks: the threads of a warp, or of a part of one,
-// share a token, whose row is in registers. Each rank has a thread. The gates of each token are computed again, which costs less than
-// keeping them from the forward pass. gate_backward_any.cu has the kernel for all other routers and sizes.
+// Gradients of docs/spec.md, steps 4 to 6 and 10, on a GPU, for up to 512 experts and 16 ranks: the threads of a warp, or of a
+// part of one, share a token, whose row is in registers. Each rank has a thread. The gates of each token are computed again,
+// which costs less than keeping them from the forward pass. gate_backward_any.cu has the kernel for all other routers and
+// sizes.
 #include "cuda/exponential.cuh"
 #include "cuda/gate_backward.cuh"
 #include "cuda/kernels.h"
@@ -14,7 +15,8 @@ constexpr int most_ranks(Kind kind) {
   return kind == Kind::Plain || RowLayout::width <= 2 ? 8 : int(kMostRanks);
 }
 
-// Differentiates tokens. `Kind::Gates` stands for sigmoids alone: a softmax that chooses by its gates has the same gradient as others.
+// Differentiates tokens. `Kind::Gates` stands for sigmoids alone: a softmax that chooses by its gates has the same gradient as
+// others.
 template <class T, class RowLayout, Kind kind>
 class RowGradient {
  public:
@@ -259,7 +261,8 @@ class RowGradient {
 };
 
 template <class T, class RowLayout, Kind kind>
-__global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>) gate_backward_rows(GateBackwardTask task) {
+__global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>)
+    gate_backward_rows(GateBackwardTask task) {
   SIMT_DYN_SMEM(float, shared);
   RowGradient<T, RowLayout, kind> gradient(task, shared);
   for (int64_t tile = blockIdx.x; tile < task.plan.count; tile += gridDim.x) gradient.run(tile);

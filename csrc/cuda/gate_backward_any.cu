@@ -1,5 +1,6 @@
-// Gradients of docs/spec.md, steps 4 to 6 and 10, on a GPU, for any router and any size: a warp processes a token, whose row is in
-// registers or in global memory. The gates of each token are computed again, which costs less than keeping them from the forward pass.
+// Gradients of docs/spec.md, steps 4 to 6 and 10, on a GPU, for any router and any size: a warp processes a token, whose row is
+// in registers or in global memory. The gates of each token are computed again, which costs less than keeping them from the
+// forward pass.
 #include "cuda/gate_backward.cuh"
 
 namespace topn_gating::cuda {

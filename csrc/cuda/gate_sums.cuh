@@ -1,5 +1,5 @@
-// The tokens' sums for the losses: those of a tile, which the block that processes it accumulates, and their addition to those of
-// groups and to the losses, in a fixed order.
+// The tokens' sums for the losses: those of a tile, which the block that processes it accumulates, and their addition to those
+// of groups and to the losses, in a fixed order.
 #pragma once
 
 #include "cuda/token.cuh"
@@ -112,8 +112,8 @@ class TileSums {
   }
 
  private:
-  // Number of tokens whose gates are summed in Scalar before the sum is added in double: that costs at most a few roundings, and
-  // saves conversions.
+  // Number of tokens whose gates are summed in Scalar before the sum is added in double: that costs at most a few roundings,
+  // and saves conversions.
   static constexpr int kRun = 8;
 
   __device__ __forceinline__ void flush() {
@@ -182,8 +182,8 @@ class TileSums<WarpLayout<Scalar, int(kWarp), 0, 1>> {
   int32_t valid_ = 0, counted_ = 0;  // of this thread
 };
 
-// The losses from the sums of all tiles. Each block adds up the tiles of a group for a few experts, which its warps share, and goes
-// on to others; the block that ends last adds up what they found.
+// The losses from the sums of all tiles. Each block adds up the tiles of a group for a few experts, which its warps share, and
+// goes on to others; the block that ends last adds up what they found.
 struct LossSums {
   static constexpr int kExperts = 8;                    // of a chunk
   static constexpr int kRows = int(kWarp) / kExperts;   // tiles that a warp reads at once
@@ -225,7 +225,10 @@ __device__ void finish_losses(const GateTask& task, double* shared) {
       counted += space.counted[tile];
     }
     TOPN_UNROLL
-    for (int by = kExperts; by < int(kWarp); by *= 2) importance += shuffle_xor(importance, by), count += shuffle_xor(count, by);
+    for (int by = kExperts; by < int(kWarp); by *= 2) {
+      importance += shuffle_xor(importance, by);
+      count += shuffle_xor(count, by);
+    }
     z_loss = warp_sum(z_loss);
     valid = warp_add(valid);
     counted = warp_add(counted);

@@ -50,8 +50,8 @@ class Values<T, 0> {
   T* v_;
 };
 
-// Some consecutive elements of a row as they are in memory: one, or 16 bytes, which stay whole so that they are loaded and stored
-// at once.
+// Some consecutive elements of a row as they are in memory: one, or 16 bytes, which stay whole so that they are loaded and
+// stored at once.
 template <class T, int Count>
 class RowPart {
  public:
@@ -60,15 +60,19 @@ class RowPart {
   __device__ __forceinline__ void store(T* to) const { *reinterpret_cast<uint4*>(to) = words_; }
   // Access to element i, a compile-time constant, in its compute type.
   __device__ __forceinline__ ComputeType<T> get(int i) const {
-    const unsigned word = i * int(sizeof(T)) < 4 ? words_.x : i * int(sizeof(T)) < 8 ? words_.y : i * int(sizeof(T)) < 12 ? words_.z : words_.w;
-    return from_word(word, i);
+    return from_word(word_of(words_, i), i);
   }
   __device__ __forceinline__ void set(int i, ComputeType<T> value) {
-    unsigned& word = i * int(sizeof(T)) < 4 ? words_.x : i * int(sizeof(T)) < 8 ? words_.y : i * int(sizeof(T)) < 12 ? words_.z : words_.w;
+    unsigned& word = word_of(words_, i);
     word = with_element(word, i, value);
   }
 
  private:
+  template <class Words>
+  static __device__ __forceinline__ auto& word_of(Words& words, int i) {
+    const int index = i * int(sizeof(T)) / 4;
+    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
+  }
   static __device__ __forceinline__ float from_word(unsigned word, int i) {
     if constexpr (sizeof(T) == 4) {
       return __int_as_float(int(word));

@@ -20,8 +20,8 @@ struct Selected {
   int32_t equal;
 };
 
-// Selects the largest of a queue's keys, as many as an expert has slots, digit by digit from the highest on. All threads of a warp
-// call it; `counts` (kDigits) is scratch of theirs.
+// Selects the largest of a queue's keys, as many as an expert has slots, digit by digit from the highest on. All threads of a
+// warp call it; `counts` (kDigits) is scratch of theirs.
 template <class Key>
 __device__ Selected<Key> select_largest(const Key* key, int32_t count, int64_t capacity, int32_t* counts) {
   using Bits = std::make_unsigned_t<Key>;

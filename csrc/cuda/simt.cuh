@@ -1,5 +1,5 @@
-// Launches and warp operations: kernels include no other header of CUDA. nvcc compiles them for the GPU; g++, with the emulator's
-// header (simt) in place of the CUDA runtime, for a run on the CPU.
+// Launches and warp operations: kernels include no other header of CUDA. nvcc compiles them for the GPU; g++, with the
+// emulator's header (simt) in place of the CUDA runtime, for a run on the CPU.
 #pragma once
 
 #include <cstdint>

@@ -103,8 +103,8 @@ auto with_general_layout(int64_t experts, bool soft, const F& f) {
   return experts <= 256 ? call((WarpLayout<double, 32, 8, 1>*)nullptr) : call((WarpLayout<double, 32, 0, 1>*)nullptr);
 }
 
-// Returns f(element, layout, kind): null pointers whose types are the element type and the layout of at most kMostExperts, and the
-// kind as a constant. The elements are not double.
+// Returns f(element, layout, kind): null pointers whose types are the element type and the layout of at most kMostExperts, and
+// the kind as a constant. The elements are not double.
 template <class Launch, class F>
 Launch launch_of_rows(const GateInputs& a, Kind kind, const F& f) {
   Launch launch;
@@ -184,7 +184,8 @@ class TokenRows {
 
   __device__ TokenRows(const RowLayout& layout, const GateInputs& a, const TilePlan& plan, const Tile& tile)
       : layout_(layout), a_(a), aligned16_(plan.aligned16), first_(tile.first), count_(int(tile.last - tile.first)),
-        next_(int(threadIdx.x) / RowLayout::width), step_(int(blockDim.x) / RowLayout::width), rows_(logits_of<T>(a, tile.first)) {
+        next_(int(threadIdx.x) / RowLayout::width), step_(int(blockDim.x) / RowLayout::width),
+        rows_(logits_of<T>(a, tile.first)) {
     keep(rows_);
     keep(step_);
     layout.start(fetched_);

@@ -1,17 +1,17 @@
 // docs/spec.md, step 5, on a GPU: the eight best experts of a row whose values are in registers.
 //
 // A score and its expert are packed into one 32-bit key, so that one comparison orders both. Each thread sorts its keys. Then
-// neighbours merge theirs and share the best eight: pairs of threads have four keys each, then four threads two, then eight threads
-// one. From there on, eight threads meet eight others.
+// neighbours merge theirs and share the best eight: pairs of threads have four keys each, then four threads two, then eight
+// threads one. From there on, eight threads meet eight others.
 #pragma once
 
 #include "cuda/layout.cuh"
 
 namespace topn_gating::cuda {
 
-// Packs the scores of a row into keys in the order of score_key. The low bits of a key hold the complement of the expert, and the
-// others the upper bits of the score's key: all that matter where scores were 16-bit elements (`Exact`). Otherwise scores that
-// agree in those bits are ordered by their experts alone.
+// Packs the scores of a row into keys in the order of score_key. The low bits of a key hold the complement of the expert, and
+// the others the upper bits of the score's key: all that matter where scores were 16-bit elements (`Exact`). Otherwise scores
+// that agree in those bits are ordered by their experts alone.
 template <class RowLayout, bool Exact>
 class PackedKeys {
  public:
@@ -59,8 +59,8 @@ __device__ __forceinline__ float canonical(float score) {
 #endif
 }
 
-// Sorts `Size` keys from `First` on in descending order (Batcher's odd-even merge sort; `Step` is the distance of the keys that a
-// merge looks at). These are templates because registers can only be indexed by compile-time constants.
+// Sorts `Size` keys from `First` on in descending order (Batcher's odd-even merge sort; `Step` is the distance of the keys that
+// a merge looks at). These are templates because registers can only be indexed by compile-time constants.
 __device__ __forceinline__ void order(int32_t& a, int32_t& b) {
   const int32_t higher = a > b ? a : b;
   b = a > b ? b : a;

@@ -115,12 +115,12 @@ def test_one_long_group_and_many_short_ones(backend, shape, mask):
     assert_near(case.backward(backend, grads), case.oracle_gradient(grads))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0, -1000.0])
-@pytest.mark.parametrize("soft", [False, True])
-def test_scores_far_apart(backend, offset, soft):
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -1000.0, 3e6, -2e7])
+@pytest.mark.parametrize(("top_n", "soft"), [(8, False), (16, False), (33, False), (4, True)])
+def test_scores_far_apart(backend, offset, top_n, soft):
     logits = torch.rand(3, 40, 33) * 80 + offset
     logits[..., 0], logits[..., 1] = offset, offset + 80
-    check(GateCase(logits, 33 if not soft else 4, soft=soft), backend)
+    check(GateCase(logits, top_n, soft=soft), backend)
 
 
 def test_given_experts_far_below_the_best(backend):
