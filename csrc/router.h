@@ -230,9 +230,8 @@ struct LinearBackward : LinearSizes {
   void* workspace = nullptr;          // workspace_bytes(*this) bytes, aligned to 16
 };
 
-// Products of groups of rows with one matrix each, for the groups that have few rows, on the CPU alone. Their time is that of
-// reading the matrices. Sums are of the compute type; each result is rounded once.
-struct ThinGroups {
+// Products of groups of rows with one matrix each, on the CPU alone. Sums are of the compute type; each result is rounded once.
+struct GroupedLinear {
   DType dtype;                     // type of all tensors
   int64_t groups, in, out;         // number of groups, size of a row, size of a result's row
   int64_t most_rows;               // rows of a group at most; groups of more are left out, with their results
@@ -243,6 +242,28 @@ struct ThinGroups {
   const void* weight = nullptr;    // (groups, in, out)
   const void* bias = nullptr;      // (groups, out), or null
   void* result = nullptr;          // (start[groups], out)
+};
+
+// The gradient of these matrices: the sum of left[row] right[row]ᵀ over the rows of each group, on the CPU alone. Sums are of the
+// compute type; each result is rounded once.
+struct GroupedOuter {
+  DType dtype;                        // type of all tensors
+  int64_t groups, in, out;            // number of groups, size of a left row, size of a right row
+  int64_t left_stride, right_stride;  // elements from a row to the next
+  const int32_t* start = nullptr;     // (groups + 1) the first row of each group, and the end of the last
+  const void* left = nullptr;         // (start[groups], in)
+  const void* right = nullptr;        // (start[groups], out)
+  void* result = nullptr;             // (groups, in, out)
+};
+
+// The gradient of their biases: the sum of the rows of each group, on the CPU alone, of the compute type and rounded once.
+struct GroupedSum {
+  DType dtype;                     // type of both tensors
+  int64_t groups, columns;         // number of groups, size of a row
+  int64_t row_stride;              // elements from a row to the next
+  const int32_t* start = nullptr;  // (groups + 1) the first row of each group, and the end of the last
+  const void* rows = nullptr;      // (start[groups], columns)
+  void* result = nullptr;          // (groups, columns)
 };
 
 // The kernels of every backend, then those of the CPU alone: X(argument struct, name in messages).
@@ -260,7 +281,9 @@ struct ThinGroups {
 #define TOPN_GATING_CPU_KERNELS(X)     \
   X(Linear, "linear")                  \
   X(LinearBackward, "linear_backward") \
-  X(ThinGroups, "thin_groups")
+  X(GroupedLinear, "grouped_linear")   \
+  X(GroupedOuter, "grouped_outer")     \
+  X(GroupedSum, "grouped_sum")
 
 #define TOPN_GATING_NAME(Args, name) \
   constexpr const char* kernel_name(const Args&) { return name; }

@@ -42,7 +42,11 @@ STRATA = {
 LEFT_OUT = {"csrc/torch/cuda_backend.cpp", "csrc/torch/no_cuda_backend.cpp", "topn_gating/__main__.py", "csrc/inline.h"}
 OPERATORS = ("gate_backward", "gate", "assign", "dense", "dispatch", "combine", "grouped_linear", "linear")
 # Files of an operator under other names.
-PARTS = {"gate": ("gate_sums", "choice", "top8", "topn", "exponential"), "assign": ("pairs", "counts", "select")}
+PARTS = {
+    "gate": ("gate_sums", "choice", "top8", "topn", "exponential"),
+    "assign": ("pairs", "counts", "select"),
+    "grouped_linear": ("thin_groups",),
+}
 
 # Flags that make unaligned accesses fail, as on a GPU; x86 would allow them.
 TRAPS = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
@@ -282,7 +286,7 @@ class Workshop:
     @staticmethod
     def kernel_runs(folder: str, operator: str | None) -> list[list[str]]:
         """Returns the arguments of kernels_test, the quickest run first."""
-        pattern = [] if operator is None else ["gate "] if operator == "gate" else [operator]
+        pattern = [] if operator is None else [{"gate": "gate ", "grouped_linear": "grouped"}.get(operator, operator)]
         whole = {"csrc/cpu": [["--cpu", *pattern]], "csrc/cuda": [["--quick"], pattern], "csrc": [["--cpu"], []]}
         return whole.get(folder, [])
 

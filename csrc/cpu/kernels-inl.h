@@ -7,5 +7,5 @@
 #include "cpu/dispatch-inl.h"
 #include "cpu/gate-inl.h"
 #include "cpu/gate_backward-inl.h"
+#include "cpu/grouped_linear-inl.h"
 #include "cpu/linear-inl.h"
-#include "cpu/thin_groups-inl.h"

@@ -65,4 +65,12 @@ const char* level() {
   return names[int(chosen())];
 }
 
+bool has_wider_vectors_than_mkl() {
+#if defined(__x86_64__)
+  return chosen() == Level::Avx512 && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace topn_gating::cpu

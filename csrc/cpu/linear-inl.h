@@ -1,118 +1,25 @@
 // docs/spec.md, step 2, on the CPU, for types whose products are slow in torch, and the gradients of x and of the weight.
 //
 // These products are thin: thousands of tokens by a few experts. So both gradients use the same read of x, 16-bit elements are
-// converted to float in registers, and the weight, which every tile of tokens needs, is packed into panels: the columns of a
-// matrix that are processed at once, row after row, with zeros past the last column.
+// converted to float in registers, and the weight, which every tile of tokens needs, is packed into panels.
 #pragma once
 
-#include "cpu/element.h"
+#include "cpu/panels-inl.h"
 #include "cpu/parallel.h"
-#include "cpu/scratch.h"
 
 namespace topn_gating::cpu::TOPN_LEVEL {
 namespace {
-
-constexpr int kVectors = 2;  // vectors of a panel
-constexpr int kRows = 6;     // rows processed at once: kRows * kVectors sums hide an addition's latency and fit the registers
-template <class R>
-constexpr int panel = kVectors * width<R>;
-
-constexpr int64_t kLinearTile = 11 * kRows;  // tokens whose operands fit a core's second-level cache beside the weight
-constexpr double kTermCost = 0.013;          // of a product of two numbers, for `parallel`
-
-// Writes out[r * out_stride + column] = Σ_i a[r * stride + i * step] b[i][column] for r < Rows and the columns of a panel b, or
-// with Add adds the sums to it. It is not inlined, so that the sums stay in registers whatever the caller does with them.
-template <int Rows, bool Add, class R>
-__attribute__((noinline)) void multiply_rows(const R* a, int64_t stride, int64_t step, const R* b, int64_t terms, R* out,
-                                             int64_t out_stride) {
-  using V = Vector<R>;
-  V total[Rows][kVectors] = {};
-  if constexpr (Add) {
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[r][v] = load<V>(out + r * out_stride + v * width<R>);
-    }
-  }
-  for (int64_t i = 0; i < terms; ++i) {
-    V column[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = load<V>(b + i * panel<R> + v * width<R>);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const V factor = a[r * stride + i * step] - V{};  // a broadcast; adding a zero would take an instruction
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[r][v] += factor * column[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * width<R>, total[r][v]);
-  }
-}
-
-// Does the same for r < rows, where rows <= kRows.
-template <bool Add, class R>
-void multiply(int64_t rows, const R* a, int64_t stride, int64_t step, const R* b, int64_t terms, R* out, int64_t out_stride) {
-  switch (rows) {
-    case 1: return multiply_rows<1, Add>(a, stride, step, b, terms, out, out_stride);
-    case 2: return multiply_rows<2, Add>(a, stride, step, b, terms, out, out_stride);
-    case 3: return multiply_rows<3, Add>(a, stride, step, b, terms, out, out_stride);
-    case 4: return multiply_rows<4, Add>(a, stride, step, b, terms, out, out_stride);
-    case 5: return multiply_rows<5, Add>(a, stride, step, b, terms, out, out_stride);
-    default: return multiply_rows<kRows, Add>(a, stride, step, b, terms, out, out_stride);
-  }
-}
-
-// Runs f(first, rows) on parts of at most kRows rows that are about equally large: a small part would wait for its additions.
-template <class F>
-TOPN_INLINE void for_rows(int64_t count, const F& f) {
-  int64_t first = 0;
-  for (int64_t parts = ceil_div(count, kRows); parts > 0; --parts) {
-    const int64_t rows = ceil_div(count - first, parts);
-    f(first, rows);
-    first += rows;
-  }
-}
-
-// Packs `count` rows of `columns` elements, `stride` elements apart, into panels. A panel has room for `room` rows.
-template <class R, class T>
-void pack(const T* rows, int64_t count, int64_t stride, int64_t columns, R* panels, int64_t room) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = rows + i * stride;
-    R* to = panels + i * panel<R>;
-    int64_t j = 0;
-    for (; j + panel<R> <= columns; j += panel<R>, to += room * panel<R>) {
-      for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_elements(row + j + v * width<R>));
-    }
-    if (j == columns) continue;
-    for (int v = 0; v < kVectors; ++v) store(to + v * width<R>, load_padded<R>(row + j, v, columns - j));
-  }
-}
-
-// Packs the transpose of the weight into panels: their columns are experts, their rows features.
-template <class R, class T>
-void pack_transposed(const T* weight, int64_t experts, int64_t dim, R* panels) {
-  Scratch<R> features(dim);
-  std::fill_n(panels + experts / panel<R> * panel<R> * dim, experts % panel<R> == 0 ? 0 : panel<R> * dim, R(0));
-  for (int64_t e = 0; e < experts; ++e) {
-    convert(weight + e * dim, dim, static_cast<R*>(features));
-    R* to = panels + e / panel<R> * panel<R> * dim + e % panel<R>;
-    for (int64_t j = 0; j < dim; ++j) to[j * panel<R>] = features[j];
-  }
-}
 
 // Computes the logits of a tile of tokens, a block of features at a time.
 template <class T>
 class LinearTile {
  public:
   LinearTile(const Linear& args, const ComputeType<T>* weight)
-      : a_(args), weight_(weight), columns_(round_up(a_.experts, panel<R>)), x_(kLinearTile * kLinearBlock),
-        z_(kLinearTile * columns_) {}
+      : a_(args), weight_(weight), columns_(round_up(a_.experts, panel<R>)), x_(kTile * kLinearBlock),
+        z_(kTile * columns_) {}
 
   void run(int64_t first) {
-    const int64_t tokens = std::min(kLinearTile, a_.tokens - first);
+    const int64_t tokens = std::min(kTile, a_.tokens - first);
     std::fill_n(static_cast<R*>(z_), tokens * columns_, R(0));
     for (int64_t j = 0; j < a_.dim; j += kLinearBlock) {
       const int64_t terms = std::min(kLinearBlock, a_.dim - j);
@@ -150,18 +57,18 @@ template <class T>
 class LinearGradient {
  public:
   LinearGradient(const LinearBackward& args, const LinearPlan& plan, const ComputeType<T>* weight, ComputeType<T>* sums)
-      : a_(args), plan_(plan), weight_(weight), sums_(sums), grad_(kLinearTile * a_.experts), x_(kLinearTile * plan.block) {}
+      : a_(args), plan_(plan), weight_(weight), sums_(sums), grad_(kTile * a_.experts), x_(kTile * plan.block) {}
 
   void run(int64_t chunk, int64_t block) {
     const int64_t column = block * plan_.block, columns = std::min(plan_.block, a_.dim - column);
     const int64_t end = std::min(a_.tokens, (chunk + 1) * plan_.chunk);
     R* sums = sums_ + chunk * a_.experts * plan_.columns + column * a_.experts;
     if (a_.grad_weight != nullptr) std::fill_n(sums, round_up(columns, panel<R>) * a_.experts, R(0));
-    for (int64_t first = chunk * plan_.chunk; first < end; first += kLinearTile) {
-      const int64_t count = std::min(kLinearTile, end - first);
+    for (int64_t first = chunk * plan_.chunk; first < end; first += kTile) {
+      const int64_t count = std::min(kTile, end - first);
       convert(static_cast<const T*>(a_.grad_logits) + first * a_.experts, count * a_.experts, static_cast<R*>(grad_));
       if (a_.grad_weight != nullptr) {
-        pack(static_cast<const T*>(a_.x) + first * a_.dim + column, count, a_.dim, columns, static_cast<R*>(x_), kLinearTile);
+        pack(static_cast<const T*>(a_.x) + first * a_.dim + column, count, a_.dim, columns, static_cast<R*>(x_), kTile);
       }
       for (int64_t j = 0; j < columns; j += panel<R>) {
         if (a_.grad_weight != nullptr) add_to_weight(count, j, sums + j * a_.experts);
@@ -175,7 +82,7 @@ class LinearGradient {
 
   void add_to_weight(int64_t tokens, int64_t j, R* sums) {
     for_rows(a_.experts, [&](int64_t e, int64_t rows) {
-      multiply<true>(rows, grad_ + e, 1, a_.experts, x_ + j * kLinearTile, tokens, sums + e * panel<R>, panel<R>);
+      multiply<true>(rows, grad_ + e, 1, a_.experts, x_ + j * kTile, tokens, sums + e * panel<R>, panel<R>);
     });
   }
 
@@ -236,11 +143,11 @@ void run(const Linear& a, ParallelFor parallel_for) {
     using T = std::remove_pointer_t<decltype(element)>;
     using R = ComputeType<T>;
     Scratch<R> weight(round_up(a.experts, panel<R>) * a.dim);
-    pack_transposed(static_cast<const T*>(a.weight), a.experts, a.dim, static_cast<R*>(weight));
-    const int64_t tiles = ceil_div(a.tokens, kLinearTile);
-    parallel(parallel_for, tiles, kTermCost * double(kLinearTile * a.dim * a.experts), [&](int64_t begin, int64_t end) {
+    pack_columns(static_cast<const T*>(a.weight), a.dim, a.dim, a.experts, static_cast<R*>(weight), a.dim);
+    const int64_t tiles = ceil_div(a.tokens, kTile);
+    parallel(parallel_for, tiles, kTermCost * double(kTile * a.dim * a.experts), [&](int64_t begin, int64_t end) {
       LinearTile<T> tile(a, weight);
-      for (int64_t i = begin; i < end; ++i) tile.run(i * kLinearTile);
+      for (int64_t i = begin; i < end; ++i) tile.run(i * kTile);
     });
   });
 }

@@ -11,12 +11,16 @@
 namespace topn_gating::cpu::TOPN_LEVEL {
 namespace {
 
+constexpr int64_t kMostThinRows = 32;          // of a group of few rows: up to so many, this was faster than panels
 constexpr int kThinRows = 8;                   // rows multiplied at once
 constexpr int kThinTerms = 8;                  // rows of a matrix that are multiplied at once where a column is strided
 constexpr int64_t kThinBytes = 1 << 17;        // bytes of a part of a matrix, which a second-level cache holds
 constexpr int64_t kThinColumns = 512;          // columns of a part at least where a column is strided: they are read in one go
-constexpr double kThinByteCost = 0.08;         // of reading a byte of a matrix, for `parallel`
+constexpr double kThinByteCost = 0.02;         // of reading a byte of a matrix, for `parallel`
 constexpr int kSums = TOPN_VECTOR_BYTES == 64 ? 24 : 10;  // vectors of sums that the registers hold beside operands
+
+// Returns the most rows of a group that counts as one of few rows.
+inline int64_t most_thin_rows(const GroupedLinear& a) { return std::min(a.most_rows, kMostThinRows); }
 
 // Columns of a matrix that are multiplied by `rows` rows at once.
 constexpr int thin_columns(int rows) { return kSums / rows < 1 ? 1 : kSums / rows > 8 ? 8 : kSums / rows; }
@@ -89,10 +93,10 @@ struct ThinPlan {
   int64_t columns, parts;   // columns of a part, parts of a matrix
   bool by_columns;          // whether a column of a matrix is contiguous
 
-  explicit ThinPlan(const ThinGroups& a) : groups(a.groups), by_columns(a.weight_strides[1] == 1) {
+  explicit ThinPlan(const GroupedLinear& a) : groups(a.groups), by_columns(a.weight_strides[1] == 1) {
     for (int64_t g = 0; g < a.groups; ++g) {
       const int64_t rows = a.start[g + 1] - a.start[g];
-      if (rows > 0 && rows <= a.most_rows) groups[count++] = g;
+      if (rows > 0 && rows <= most_thin_rows(a)) groups[count++] = g;
     }
     columns = std::max<int64_t>(by_columns ? 8 : kThinColumns, kThinBytes / (a.in * element_bytes(a.dtype)));
     parts = ceil_div(a.out, columns);
@@ -105,7 +109,7 @@ struct ThinPlan {
 template <class T>
 class ThinProduct {
  public:
-  ThinProduct(const ThinGroups& args, const ThinPlan& plan)
+  ThinProduct(const GroupedLinear& args, const ThinPlan& plan)
       : a_(args), plan_(plan), in_(round_up(a_.in, width<R>)), out_(round_up(plan.columns, width<R>)), rows_(kThinRows * in_),
         sums_(kThinRows * out_) {}
 
@@ -164,25 +168,23 @@ class ThinProduct {
     }
   }
 
-  const ThinGroups& a_;
+  const GroupedLinear& a_;
   const ThinPlan& plan_;
   int64_t in_, out_;  // sizes of a row and of its sums, rounded up to whole vectors
   Scratch<R> rows_;   // (kThinRows, in_)
   Scratch<R> sums_;   // (kThinRows, out_)
 };
 
-}  // namespace
-
-void run(const ThinGroups& a, ParallelFor parallel_for) {
+// Computes the results of the groups of few rows.
+template <class T>
+void run_thin(const GroupedLinear& a, ParallelFor parallel_for) {
   const ThinPlan plan(a);
-  with_type(a.dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    const double bytes = double(a.in * plan.columns) * sizeof(T);
-    parallel(parallel_for, plan.count * plan.parts, kThinByteCost * bytes, [&](int64_t begin, int64_t end) {
-      ThinProduct<T> product(a, plan);
-      for (int64_t i = begin; i < end; ++i) product.run(plan.groups[i / plan.parts], i % plan.parts);
-    });
+  const double bytes = double(a.in * plan.columns) * sizeof(T);
+  parallel(parallel_for, plan.count * plan.parts, kThinByteCost * bytes, [&](int64_t begin, int64_t end) {
+    ThinProduct<T> product(a, plan);
+    for (int64_t i = begin; i < end; ++i) product.run(plan.groups[i / plan.parts], i % plan.parts);
   });
 }
 
+}  // namespace
 }  // namespace topn_gating::cpu::TOPN_LEVEL

@@ -1,5 +1,5 @@
-// The operator `grouped_linear` and its gradient: see operators.h. The CPU alone has them in C++. Groups of few rows have a kernel
-// of their own (ThinGroups); the other products are torch's, into slices of one output.
+// The operator `grouped_linear` and its gradient: see operators.h. The CPU alone has them in C++. Products of types for which torch's
+// are slow, and of groups of few rows, are kernels; the others are torch's, into slices of one output.
 #pragma once
 
 #include <atomic>
@@ -45,11 +45,13 @@ struct GroupedArguments {
     }
   }
 
-  // Returns the most rows of a thin group, whose product is a kernel of its own: there, reading the weight is what takes time.
-  // Up to so many rows the kernel was faster than torch's product, which uses the processor's instructions for half types.
+  bool kernels_alone() const { return !has_fast_products(type); }
+  // Returns the most rows of a group whose product is a kernel, where torch's products are fast: up to so many, a product takes the
+  // time of reading the weight. Torch's use the processor's instructions for half types.
   int64_t most_rows(const Tensor& t) const {
+    if (kernels_alone()) return rows;
     if (t.stride(1) != 1) return 0;
-    return element_bytes == 2 && has_fast_products(type) ? 8 : 32;
+    return element_bytes == 2 ? 8 : 32;
   }
   int64_t count(int64_t expert) const { return start[expert + 1] - start[expert]; }
   int64_t end() const { return start.back(); }
@@ -66,7 +68,8 @@ struct GroupedArguments {
     STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
                     torch::headeronly::toString(t.scalar_type()));
     STD_TORCH_CHECK(t.device() == weight.device(), name, " must be on the device of the other arguments");
-    return has_product_layout(rows, columns, t.stride(0), t.stride(1)) ? t : torch::stable::contiguous(t);
+    const bool as_it_is = has_product_layout(rows, columns, t.stride(0), t.stride(1)) && (t.stride(1) == 1 || !kernels_alone());
+    return as_it_is ? t : torch::stable::contiguous(t);
   }
   Matrix matrix(const Tensor& t) const {
     return {memory_of(t), type, element_bytes, t.size(0), t.size(1), t.stride(0), t.stride(1)};
@@ -110,67 +113,24 @@ void for_experts(const GroupedArguments& a, int64_t above, const F& f) {
   if (exception) std::rethrow_exception(exception);
 }
 
-// Operands and results of the products of one expert. Those of a half type for which torch has no fast products are converted to
-// float32, in memory that lives as long as this; every other is used as it is.
-class Operands {
- public:
-  explicit Operands(const GroupedArguments& args)
-      : a_(args), converts_(!has_fast_products(a_.type)), chunk_(converts_ ? kConvertedRows : std::max<int64_t>(1, a_.rows)) {}
-
-  // Calls f(begin, end) for the parts in which the rows from `begin` to `end` - 1 are multiplied.
-  template <class F>
-  void for_rows(int64_t begin, int64_t end, const F& f) const {
-    for (; begin < end; begin += chunk_) f(begin, std::min(end, begin + chunk_));
-  }
-  Matrix operand(const Matrix& m) {
-    const Matrix converted = result(m);
-    if (converts_) copy(converted, m);
-    return converted;
-  }
-  // Returns the matrix for a result that `finish` rounds to `out`, stored in the same order.
-  Matrix result(const Matrix& out) {
-    if (!converts_) return out;
-    if (out.column_stride != 1) return result(out.transposed()).transposed();
-    kept_.push_back(empty(a_.weight, {out.rows * out.columns}, ScalarType::Float));
-    return matrix_of(kept_.back(), sizeof(float), out.rows, out.columns);
-  }
-  void finish(const Matrix& out, const Matrix& result) const {
-    if (converts_) copy(out, result);
-  }
-  // Returns ones for `sum_rows`.
-  Tensor ones() const { return torch::stable::fill_(empty(a_.weight, {chunk_}, converts_ ? ScalarType::Float : a_.type), 1.0); }
-  // Writes the sum of rows to `sum`, or with `add` adds it.
-  void sum_rows(const Matrix& sum, const Tensor& ones, const Matrix& rows, bool add) const {
-    multiply(sum, matrix_of(ones, sum.element_bytes, 1, rows.rows), rows, add);
-  }
-
- private:
-  static constexpr int64_t kConvertedRows = 1024;
-
-  const GroupedArguments& a_;
-  bool converts_;
-  int64_t chunk_;
-  std::vector<Tensor> kept_;
-};
-
 inline void clear_rows(const Tensor& t, int64_t begin, int64_t end, int64_t row_bytes) {
   if (end > begin) std::memset(memory_of(t) + begin * row_bytes, 0, (end - begin) * row_bytes);
 }
 
-// Computes the results of thin groups: the products of `rows` with matrices whose rows and columns are `in_stride` and
+// Runs the kernel of the groups that have one: the products of `rows` with matrices whose rows and columns are `in_stride` and
 // `out_stride` elements apart.
 template <class Backend>
-void multiply_thin(const Backend& backend, const GroupedArguments& a, const Tensor& rows, int64_t in_stride, int64_t out_stride,
-                   const void* bias, const Tensor& result) {
+void run_products(const Backend& backend, const GroupedArguments& a, const Tensor& rows, int64_t in_stride, int64_t out_stride,
+                  const void* bias, const Tensor& result) {
   if (a.most_rows(rows) == 0) return;
-  ThinGroups t{dtype_of("rows", a.type), a.experts, rows.size(1), result.size(1), a.most_rows(rows), rows.stride(0)};
-  t.weight_strides[0] = a.weight.stride(0), t.weight_strides[1] = in_stride, t.weight_strides[2] = out_stride;
-  t.start = a.start.data();
-  t.rows = const_data(rows);
-  t.weight = const_data(a.weight);
-  t.bias = bias;
-  t.result = mutable_data(result);
-  backend.run(t);
+  GroupedLinear g{dtype_of("rows", a.type), a.experts, rows.size(1), result.size(1), a.most_rows(rows), rows.stride(0)};
+  g.weight_strides[0] = a.weight.stride(0), g.weight_strides[1] = in_stride, g.weight_strides[2] = out_stride;
+  g.start = a.start.data();
+  g.rows = const_data(rows);
+  g.weight = const_data(a.weight);
+  g.bias = bias;
+  g.result = mutable_data(result);
+  backend.run(g);
 }
 
 template <class Backend>
@@ -181,26 +141,42 @@ Tensor grouped_linear(const Tensor& rows_in, const Tensor& weight, const std::op
   const Tensor rows = a.checked_rows("rows", rows_in, a.in);
   const auto bias = checked("bias", bias_in, rows_in, {a.experts, a.out}, a.type);
   const Tensor out = empty_output(rows, {a.rows, a.out}, {a.out, 1}, a.type, a.element_bytes);
-  multiply_thin(backend, a, rows, a.weight.stride(2), a.weight.stride(1), const_data(bias), out);
+  run_products(backend, a, rows, a.weight.stride(2), a.weight.stride(1), const_data(bias), out);
   for_experts(a, a.most_rows(rows), [&](int64_t e) {
-    Operands operands(a);
-    const Matrix w = operands.operand(a.expert_weight(e)).transposed();
-    operands.for_rows(a.start[e], a.start[e + 1], [&](int64_t begin, int64_t end) {
-      const Matrix to = a.matrix(out).row_range(begin, end);
-      Operands part(a);
-      const Matrix result = part.result(to);
-      if (bias.has_value()) {
-        Matrix row = a.matrix(*bias).row_range(e, e + 1);
-        row.row_stride = 0;
-        row.rows = end - begin;
-        copy(result, row);
-      }
-      multiply(result, part.operand(a.matrix(rows).row_range(begin, end)), w, bias.has_value());
-      part.finish(to, result);
-    });
+    const Matrix to = a.matrix(out).row_range(a.start[e], a.start[e + 1]);
+    if (bias.has_value()) {
+      Matrix row = a.matrix(*bias).row_range(e, e + 1);
+      row.row_stride = 0;
+      row.rows = to.rows;
+      copy(to, row);
+    }
+    const Matrix group = a.matrix(rows).row_range(a.start[e], a.start[e + 1]);
+    multiply(to, group, a.expert_weight(e).transposed(), bias.has_value());
   });
   clear_rows(out, a.end(), a.rows, a.out * a.element_bytes);
   return out;
+}
+
+template <class Backend>
+void run_weight_gradient(const Backend& backend, const GroupedArguments& a, const Tensor& grad, const Tensor& rows,
+                         const Tensor& grad_weight) {
+  const Tensor &left = a.transposed ? rows : grad, &right = a.transposed ? grad : rows;
+  GroupedOuter g{dtype_of("rows", a.type), a.experts, left.size(1), right.size(1), left.stride(0), right.stride(0)};
+  g.start = a.start.data();
+  g.left = const_data(left);
+  g.right = const_data(right);
+  g.result = mutable_data(grad_weight);
+  backend.run(g);
+}
+
+template <class Backend>
+void run_bias_gradient(const Backend& backend, const GroupedArguments& a, const Tensor& grad_in, const Tensor& grad_bias) {
+  const Tensor grad = grad_in.stride(1) == 1 ? grad_in : torch::stable::contiguous(grad_in);
+  GroupedSum g{dtype_of("rows", a.type), a.experts, a.out, grad.stride(0)};
+  g.start = a.start.data();
+  g.rows = const_data(grad);
+  g.result = mutable_data(grad_bias);
+  backend.run(g);
 }
 
 // A gradient that is not wanted is empty.
@@ -220,45 +196,22 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in
   const Tensor grad_rows = output(wants_rows, {a.rows, a.in}, {a.in, 1});
   const Tensor grad_weight = output(wants_weight, {a.experts, a.out, a.in}, {a.out * a.in, row_stride, column_stride});
   const Tensor grad_bias = output(wants_bias, {a.experts, a.out}, {a.out, 1});
-  const Tensor ones = wants_bias ? Operands(a).ones() : grad_bias;
-  if (wants_rows) multiply_thin(backend, a, grad, a.weight.stride(1), a.weight.stride(2), nullptr, grad_rows);
-  const int64_t most_rows = a.most_rows(grad);
-  for_experts(a, -1, [&](int64_t e) {
-    const int64_t weight_bytes = a.out * a.in * a.element_bytes;
-    if (a.count(e) == 0) {
-      if (wants_weight) clear_rows(grad_weight, e, e + 1, weight_bytes);
-      if (wants_bias) clear_rows(grad_bias, e, e + 1, a.out * a.element_bytes);
-      return;
-    }
-    Operands operands(a);
-    Matrix w{}, to_weight{}, weight_sum{}, to_bias{}, bias_sum{};
-    const bool multiplies = wants_rows && a.count(e) > most_rows;
-    if (multiplies) w = operands.operand(a.expert_weight(e));
-    if (wants_weight) {
-      char* data = memory_of(grad_weight) + e * weight_bytes;
-      to_weight = {data, a.type, a.element_bytes, a.out, a.in, row_stride, column_stride};
-      weight_sum = operands.result(to_weight);
-    }
-    if (wants_bias) {
-      to_bias = a.matrix(grad_bias).row_range(e, e + 1);
-      bias_sum = operands.result(to_bias);
-    }
-    operands.for_rows(a.start[e], a.start[e + 1], [&](int64_t begin, int64_t end) {
-      Operands part(a);
-      const bool add = begin != a.start[e];
-      const Matrix g = part.operand(a.matrix(grad).row_range(begin, end));
-      if (multiplies) {
-        const Matrix to = a.matrix(grad_rows).row_range(begin, end);
-        const Matrix result = part.result(to);
-        multiply(result, g, w, false);
-        part.finish(to, result);
-      }
-      if (wants_weight) multiply(weight_sum, g.transposed(), part.operand(a.matrix(rows).row_range(begin, end)), add);
-      if (wants_bias) part.sum_rows(bias_sum, ones, g, add);
+  if (wants_rows) run_products(backend, a, grad, a.weight.stride(1), a.weight.stride(2), nullptr, grad_rows);
+  if (wants_bias) run_bias_gradient(backend, a, grad, grad_bias);
+  if (a.kernels_alone()) {
+    if (wants_weight) run_weight_gradient(backend, a, grad, rows, grad_weight);
+  } else {
+    for_experts(a, wants_weight ? -1 : a.most_rows(grad), [&](int64_t e) {
+      const int64_t begin = a.start[e], end = a.start[e + 1];
+      const Matrix g = a.matrix(grad).row_range(begin, end);
+      if (wants_rows && g.rows > a.most_rows(grad)) multiply(a.matrix(grad_rows).row_range(begin, end), g, a.expert_weight(e), false);
+      if (!wants_weight) return;
+      const int64_t bytes = a.out * a.in * a.element_bytes;
+      if (g.rows == 0) return clear_rows(grad_weight, e, e + 1, bytes);
+      const Matrix to{memory_of(grad_weight) + e * bytes, a.type, a.element_bytes, a.out, a.in, row_stride, column_stride};
+      multiply(to, g.transposed(), a.matrix(rows).row_range(begin, end), false);
     });
-    if (wants_weight) operands.finish(to_weight, weight_sum);
-    if (wants_bias) operands.finish(to_bias, bias_sum);
-  });
+  }
   if (wants_rows) clear_rows(grad_rows, a.end(), a.rows, a.in * a.element_bytes);
   return {grad_rows, grad_weight, grad_bias};
 }

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "cpu/kernels.h"
 #include "cpu/pages.h"
 #include "tensors.h"
 
@@ -45,18 +46,13 @@ inline void copy(const Matrix& to, const Matrix& from) {
 
 inline char* memory_of(const Tensor& t) { return static_cast<char*>(const_cast<void*>(t.const_data_ptr())); }
 
-// Returns a matrix (rows, columns) in the memory of `t`, row after row.
-inline Matrix matrix_of(const Tensor& t, int64_t element_bytes, int64_t rows, int64_t columns) {
-  return {memory_of(t), t.scalar_type(), element_bytes, rows, columns, columns, 1};
-}
-
 // Returns whether a matrix product reads a matrix with these strides without a copy: one stride is 1 and no elements overlap.
 inline bool has_product_layout(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
   return (column_stride == 1 && row_stride >= columns) || (row_stride == 1 && column_stride >= rows);
 }
 
-// Returns whether torch has products of this type: of half types on a processor without instructions for them, it computes them
-// number by number, up to a hundred times slower than float32's.
+// Returns whether torch's products of this type are at most as slow as the kernels'. Of half types on a processor without
+// instructions for them, torch computes products number by number, up to a hundred times slower than float32's.
 inline bool has_fast_products(ScalarType type) {
   const auto supported = [](const char* name) {
     StableIValue stack[1] = {0};
@@ -65,7 +61,7 @@ inline bool has_fast_products(ScalarType type) {
   };
   static const bool bfloat16 = supported("mkldnn::_is_mkldnn_bf16_supported");
   static const bool float16 = supported("mkldnn::_is_mkldnn_fp16_supported");
-  return type == ScalarType::BFloat16 ? bfloat16 : type == ScalarType::Half ? float16 : true;
+  return type == ScalarType::BFloat16 ? bfloat16 : type == ScalarType::Half ? float16 : !cpu::has_wider_vectors_than_mkl();
 }
 
 constexpr int64_t kHugePageBytes = int64_t(4) << 20;  // outputs of at least so many bytes are on huge pages

@@ -430,19 +430,26 @@ void linear_cases(Suite& suite) {
   }
 }
 
-// Runs the products of groups of few rows, with every number of rows that is multiplied at once.
-void thin_cases(Suite& suite) {
-  for (const DType dtype : kDTypes) {
+// Runs the products of groups of rows, with every number of rows that is multiplied at once, and groups of several tiles and blocks.
+void grouped_cases(Suite& suite) {
+  const auto run = [&](const Case& c) {
+    suite.run("grouped_outer", c);
+    suite.run("grouped_sum", c);
     for (const Layout weight : {Layout::Contiguous, Layout::Transposed}) {
-      for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 20}) {
-        for (const auto& [in, out] : {std::pair{1, 1}, {7, 50}, {64, 33}, {130, 1100}, {1100, 70}}) {
-          Case c{dtype, 1, rows, 3, 1, out, in};
-          c.weight = weight;
-          c.bias = rows % 2 == 0;
-          suite.run("thin_groups", c);
-        }
-      }
+      Case linear = c;
+      linear.weight = weight;
+      linear.bias = c.tokens % 2 == 0;
+      suite.run("grouped_linear", linear);
     }
+  };
+  for (const DType dtype : kDTypes) {
+    for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 32, 33, 80}) {
+      for (const auto& [in, out] : {std::pair{1, 1}, {7, 50}, {64, 33}, {130, 96}}) run({dtype, 1, rows, 3, 1, out, in});
+    }
+    for (const int64_t rows : {9, 70}) {
+      for (const auto& [in, out] : {std::pair{130, 1100}, {1100, 70}}) run({dtype, 1, rows, 3, 1, out, in});
+    }
+    run({dtype, 1, 600, 2, 1, 40, 300});
   }
 }
 
@@ -476,6 +483,6 @@ int main(int argc, char** argv) {
   slot_cases(suite);
   quotient_cases(suite);
   linear_cases(suite);
-  thin_cases(suite);
+  grouped_cases(suite);
   return suite.finish();
 }

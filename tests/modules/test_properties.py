@@ -312,6 +312,10 @@ def sample() -> list[torch.Tensor]:
             results += [cpu("combine", y, a.weight, *a.indices), *cpu("combine_backward", x, y, a.weight, *a.indices)]
         x, weight, grad = (torch.randn(shape).to(dtype) for shape in ((2, 40, 35), (9, 35), (2, 40, 9)))
         results += [cpu("linear", x, weight), *cpu("linear_backward", grad, x, weight, True, True)]
+        rows, weight, grad = (torch.randn(shape).to(dtype) for shape in ((97, 35), (3, 70, 35), (97, 70)))
+        offsets = torch.tensor([80, 80, 95], dtype=torch.int32)
+        results += [torch.ops.topn_gating.grouped_linear(rows, weight, None, offsets)]
+        results += torch.ops.topn_gating.grouped_linear_backward(grad, rows, weight, offsets, True, True, True)
         dense = cpu("dense", a.weight, *a.slots, dtype, True)
         results += [*dense, cpu("dense_backward", *dense, *a.slots)]
     for policy in POLICIES:

@@ -26,7 +26,8 @@ using AnyArgs = std::variant<TOPN_GATING_KERNELS(TOPN_GATING_TYPE) TOPN_GATING_C
 
 template <class Args>
 constexpr bool kOnCpuAlone = std::is_same_v<Args, Linear> || std::is_same_v<Args, LinearBackward> ||
-                               std::is_same_v<Args, ThinGroups>;
+                               std::is_same_v<Args, GroupedLinear> || std::is_same_v<Args, GroupedOuter> ||
+                               std::is_same_v<Args, GroupedSum>;
 
 // Memory of a device, and a function that returns memory with a buffer's contents; on the host it is the buffer's own memory.
 using Memory = std::shared_ptr<void>;

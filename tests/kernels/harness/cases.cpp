@@ -413,21 +413,45 @@ void linear_backward(Call& call, const Case& c) {
   call.workspace(a.workspace);
 }
 
-// Groups of up to `tokens` rows, some of them of none, with a matrix (dim, capacity) for each expert.
-void thin_groups(Call& call, const Case& c) {
+// Returns where groups of up to `tokens` rows start, and adds up their rows: the first has as many, some have none.
+Buffer starts(const Problem& p, int64_t* rows) {
+  return p.buffer(Type::I32, p.c.experts + 1, [&p, rows](int64_t group) {
+    return double(group == 0 ? 0 : group == 1 ? *rows += p.c.tokens : *rows += p.random.below(p.c.tokens + 1));
+  });
+}
+
+// Groups of up to `tokens` rows with a matrix (dim, capacity) for each expert.
+void grouped_linear(Call& call, const Case& c) {
   const Problem p{c};
-  ThinGroups& a = call.arguments(ThinGroups{c.dtype, c.experts, c.dim, c.capacity, c.tokens, c.dim + 3});
+  GroupedLinear& a = call.arguments(GroupedLinear{c.dtype, c.experts, c.dim, c.capacity, c.tokens, c.dim + 3});
   a.weight_strides[0] = c.dim * c.capacity;
   a.weight_strides[1] = c.weight == Layout::Transposed ? 1 : c.capacity;
   a.weight_strides[2] = c.weight == Layout::Transposed ? c.dim : 1;
   int64_t rows = 0;
-  call.input(a.start, p.buffer(Type::I32, c.experts + 1, [&](int64_t group) {
-    return double(group == 0 ? 0 : group == 1 ? rows += c.tokens : rows += p.random.below(c.tokens + 1));
-  }));
+  call.input(a.start, starts(p, &rows));
   call.input(a.rows, p.values(p.type, rows * a.row_stride));
   call.input(a.weight, p.values(p.type, c.experts * c.dim * c.capacity));
   if (c.bias) call.input(a.bias, p.values(p.type, c.experts * c.capacity));
   call.output(a.result, "result", p.type, rows * c.capacity, p.sum(c.dim));
+}
+
+void grouped_outer(Call& call, const Case& c) {
+  const Problem p{c};
+  GroupedOuter& a = call.arguments(GroupedOuter{c.dtype, c.experts, c.dim, c.capacity, c.dim + 3, c.capacity + 5});
+  int64_t rows = 0;
+  call.input(a.start, starts(p, &rows));
+  call.input(a.left, p.values(p.type, rows * a.left_stride));
+  call.input(a.right, p.values(p.type, rows * a.right_stride));
+  call.output(a.result, "result", p.type, c.experts * c.dim * c.capacity, p.sum(c.tokens));
+}
+
+void grouped_sum(Call& call, const Case& c) {
+  const Problem p{c};
+  GroupedSum& a = call.arguments(GroupedSum{c.dtype, c.experts, c.dim, c.dim + 3});
+  int64_t rows = 0;
+  call.input(a.start, starts(p, &rows));
+  call.input(a.rows, p.values(p.type, rows * a.row_stride));
+  call.output(a.result, "result", p.type, c.experts * c.dim, p.sum(c.tokens));
 }
 
 }  // namespace
@@ -444,7 +468,9 @@ const std::vector<Kernel> kKernels = {{"gate", gate},
                                       {"combine_backward", combine_backward, false, true},
                                       {"linear", linear, true},
                                       {"linear_backward", linear_backward, true},
-                                      {"thin_groups", thin_groups, true}};
+                                      {"grouped_linear", grouped_linear, true},
+                                      {"grouped_outer", grouped_outer, true},
+                                      {"grouped_sum", grouped_sum, true}};
 
 void set_up(const char* name, Call& call, const Case& c) {
   for (const Kernel& kernel : kKernels) {

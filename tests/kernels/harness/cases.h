@@ -34,8 +34,8 @@ struct Case {
   Logits logits = Logits::Normal;
   unsigned gradients = kOfAll;  // set of Gradients that gate_backward gets
   Layout grad_dispatch = Layout::Contiguous, grad_combine = Layout::Contiguous;
-  bool bias = false;                    // whether thin_groups adds one
-  Layout weight = Layout::Contiguous;  // of the matrices of thin_groups
+  bool bias = false;                   // whether grouped_linear adds one
+  Layout weight = Layout::Contiguous;  // of the matrices of grouped_linear
   bool wants_weight = true;  // whether dispatch_backward computes the weight's gradient
   int multiprocessors = 3;   // number that the emulated device has
 

@@ -356,7 +356,7 @@ void run(const LinearBackward& a) {
   multiply({grad, 1, a.experts}, {x, a.dim, 1}, a.experts, a.tokens, a.dim, {a.grad_weight});
 }
 
-void run(const ThinGroups& a) {
+void run(const GroupedLinear& a) {
   const View rows{type_of(a.dtype), a.rows}, weight{type_of(a.dtype), a.weight}, bias{type_of(a.dtype), a.bias};
   const Result result{a.result};
   for (int64_t group = 0; group < a.groups; ++group) {
@@ -369,6 +369,31 @@ void run(const ThinGroups& a) {
         }
         result[row * a.out + column] = sum;
       }
+    }
+  }
+}
+
+void run(const GroupedOuter& a) {
+  const View left{type_of(a.dtype), a.left}, right{type_of(a.dtype), a.right};
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const int64_t first = a.start[group], rows = a.start[group + 1] - first;
+    for (int64_t i = 0; i < a.in; ++i) {
+      for (int64_t j = 0; j < a.out; ++j) {
+        double sum = 0;
+        for (int64_t row = first; row < first + rows; ++row) sum += left[row * a.left_stride + i] * right[row * a.right_stride + j];
+        Result{a.result}[(group * a.in + i) * a.out + j] = sum;
+      }
+    }
+  }
+}
+
+void run(const GroupedSum& a) {
+  const View rows{type_of(a.dtype), a.rows};
+  for (int64_t group = 0; group < a.groups; ++group) {
+    for (int64_t column = 0; column < a.columns; ++column) {
+      double sum = 0;
+      for (int64_t row = a.start[group]; row < a.start[group + 1]; ++row) sum += rows[row * a.row_stride + column];
+      Result{a.result}[group * a.columns + column] = sum;
     }
   }
 }
