@@ -48,13 +48,13 @@ class Choice:
 def of_pairs(logits: Tensor, weight: Tensor, expert: Tensor) -> Choice:
     """The choice of weights and experts ``(n, k)``."""
     logits, expert = logits.flatten(0, -2), expert.long()
-    zeros = torch.zeros_like(logits)
+    zeros = torch.zeros_like(logits, dtype=torch.float32)
     return Choice(logits, zeros.scatter(1, expert, weight.float()), zeros.bool().scatter(1, expert, True))
 
 
 def of_outputs(router: nn.Module, x: Tensor) -> Choice:
     """The choice of a router that returns logits, weights and experts, and that may take the bias as an argument."""
-    takes_bias = len(inspect.signature(router.forward).parameters) > 1
+    takes_bias = len(inspect.signature(type(router).forward).parameters) > 2
     return of_pairs(*(router(x, router.bias_of_the_block) if takes_bias else router(x))[:3])
 
 
@@ -154,7 +154,6 @@ JOINED = "Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter Qwen4ExpText
 FORMULAS = (
     Formula(
         "MixtralTopKRouter MiniMaxTopKRouter AriaTextTopKRouter GptOssTopKRouter GraniteMoeTopKRouter "
-        "MixtralTopKRouter MiniMaxTopKRouter AriaTextTopKRouter GptOssTopKRouter GraniteMoeTopKRouter "
         "GraniteMoeHybridTopKRouter GraniteMoeSharedTopKRouter GraniteMoeSWATopKRouter HunYuanMoEV1Gate "
         "Qwen3_5MoeTopKRouter Qwen3OmniMoeTextTopKRouter Qwen3VLMoeTextTopKRouter",
         {"normalize": True},
@@ -169,9 +168,9 @@ FORMULAS = (
     ),
     Formula("JambaTopKRouter", {"normalize": False}),
     Formula(
-        "DbrxRouter",
+        "DbrxFFN",
         {"normalize": True},
-        "in DbrxFFN; with `moe_normalize_expert_weights` other than 1 or None the weights are divided by another norm",
+        "where `moe_normalize_expert_weights` is 1; None does not normalise, and any other p divides by that norm",
         more=(({"moe_normalize_expert_weights": None}, {"normalize": False}),),
         choice=of_dbrx,
     ),
@@ -305,12 +304,21 @@ FORMULAS = (
 UNEQUAL = {
     "InklingTopkRouter": "weights are normalised together with the gates of shared experts, which every token has",
     "PhimoeTopKRouter": "SparseMixer: the second expert's softmax leaves out the first, and a threshold closes experts",
+    "DogeCDMoE": "product keys: an expert's score is the sum of two logits, of which each has a choice of its own",
+    "VitPoseBackboneMoeMLP": "nothing is chosen: the caller gives one expert for each image",
+}
+# Classes that `route` equals and `patch_routers` leaves alone.
+LEFT = {
+    "SwitchTransformersTop1Router": "returns masks after a drop by capacity, and the gates of the dropped tokens too",
+    "NllbMoeTop2Router": "returns masks and dense weights after a drop by capacity, of which the second expert may be sampled",
 }
 NO_ROUTERS = {
     **dict.fromkeys(("BailingHybridForgetGate", "Glm5NextTextForgetGate", "KimiLinearForgetGate"), "gates of recurrent states"),
     **dict.fromkeys(("DFineGate", "Deimv2Gate"), "a mixture of two streams"),
     **dict.fromkeys(("Inkling2LoopMessageGate", "MuseSparkResidualGate"), "gates of residual streams"),
     "GraniteDoclingDensityRouter": "chooses an image's resolution",
+    "DbrxRouter": "logits alone: DbrxFFN chooses",
+    "JetMoeAttention": "its experts, JetMoeMoA, have the router",
 }
 
 
@@ -322,14 +330,22 @@ def of_gemma(router: nn.Module, x: Tensor) -> Choice:
 
 @functools.cache
 def found() -> dict[str, str]:
-    """The classes of transformers that are named like a router, and the modules that define them."""
+    """The classes of transformers that choose experts, and the modules that define them.
+
+    Those that are named like a router; the blocks with experts and none of these; and whatever else chooses experts by topk.
+    """
     import transformers
 
-    models = Path(transformers.__file__).parent / "models"
-    classes: dict[str, str] = {}
-    for file in sorted(models.glob("*/modeling_*.py")):
-        names = re.findall(r"^class (\w*(?:Router|Gate|Gating))\(", file.read_text(), re.MULTILINE)
-        classes |= dict.fromkeys(names, f"transformers.models.{file.parent.name}.{file.stem}")
+    classes, named = {}, re.compile(r"(Router|Gate|Gating)$")
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        parts = re.split(r"^(?=class |def |@)", file.read_text(), flags=re.MULTILINE)
+        sources = {m[1]: part for part in parts if (m := re.match(r"class (\w+)\(", part))}
+        routers = [name for name in sources if named.search(name)]
+        for name, source in sources.items():
+            holds = "self.experts = " in source and not any(f"= {router}(" in source for router in routers)
+            chooses = re.search(r"\btopk\(", source) and "expert" in source
+            if name in routers or holds or chooses:
+                classes[name] = f"transformers.models.{file.parent.name}.{file.stem}"
     return classes
 
 
@@ -337,7 +353,7 @@ def build(name: str, settings: dict[str, Any]) -> nn.Module:
     """A small router of the class with random parameters, and with a random bias that is the block's in some."""
     module = importlib.import_module(found()[name])
     config = SimpleNamespace(**CONFIG | settings)
-    if name == "DbrxRouter":
+    if name == "DbrxFFN":
         config.ffn_config, config.ffn_hidden_size = config, 4
         config.ffn_act_fn = {"name": "silu"}
         router = module.DbrxFFN.__new__(module.DbrxFFN)
@@ -370,8 +386,10 @@ def table() -> str:
     lines = ["| classes of transformers 5.24 | options of `route` | |", "| --- | --- | --- |"]
     for formula in FORMULAS:
         lines.append(f"| {', '.join(formula.names())} | `{formula.shown()}` | {formula.note} |")
-    lines += ["", "| not equal | why |", "| --- | --- |"]
+    lines += ["", "| not equal, and left by `patch_routers` | why |", "| --- | --- |"]
     lines += [f"| {name} | {why} |" for name, why in UNEQUAL.items()]
+    lines += ["", "| equal, and left by `patch_routers` | why |", "| --- | --- |"]
+    lines += [f"| {name} | {why} |" for name, why in LEFT.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -2,20 +2,23 @@
 
 import pytest
 import torch
-from whole_models import ANOTHER_NAME, CLASSES, EXPERTS_CLASSES, NOT_RUN, RUN, experts_classes, experts_in, inputs, make, table
+from whole_models import (
+    ANOTHER_NAME,
+    CLASSES,
+    EXPERTS_CLASSES,
+    NOT_RUN,
+    RUN,
+    SEED,
+    assert_same,
+    experts_classes,
+    experts_in,
+    inputs,
+    make,
+    run,
+    table,
+)
 
 from topn_gating.integrations.transformers import NAME, experts_forward, register
-
-SEED = 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread is faster: a model has some ten thousand parameters."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -34,36 +37,19 @@ def called():
     register()
 
 
-def run(model, implementation, arguments):
-    """The output, and the gradients of all parameters, by name."""
-    model.set_experts_implementation(implementation)
-    model.zero_grad()
-    torch.manual_seed(SEED)  # DiffusionGemma draws the tokens that it starts from
-    out = model(**arguments).logits
-    out.backward(torch.randn(out.shape))
-    return {"the output": out.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("name", RUN)
 def test_equals_eager(name, called):
-    """Within 1e-5 of the largest element of each tensor, or the rounding of the model's largest gradient, 4 times.
-
-    The second is for single numbers whose gradient is a sum over all tokens that cancels.
-    """
     torch.manual_seed(SEED)
     model, arguments = make(CLASSES[name]), inputs(name)
     experts = experts_in(model)
-    expected = run(model, "eager", arguments)
+    model.set_experts_implementation("eager")
+    expected = run(model, arguments)
     assert not called
-    actual = run(model, NAME, arguments)
+    model.set_experts_implementation(NAME)
+    actual = run(model, arguments)
     assert experts
     assert {id(m) for m in called} == {id(m) for m in experts.values()}
-    assert actual.keys() == expected.keys()
-    largest = {tensor: e.abs().max().item() for tensor, e in expected.items()}
-    rounding = 4 * torch.finfo(torch.float32).eps * max(largest.values())
-    for tensor, e in expected.items():
-        atol = max(1e-5 * largest[tensor], rounding)
-        torch.testing.assert_close(actual[tensor], e, rtol=0, atol=atol, msg=lambda text, t=tensor: f"{t}: {text}")
+    assert_same(actual, expected)
     assert any(expected[f"{where}.down_proj"].any() for where in experts if f"{where}.down_proj" in expected)
 
 

@@ -17,10 +17,12 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 import experts_classes
+import router_classes
 from experts_classes import transformers
 
 EXPERTS_CLASSES = {name for _, _, name in experts_classes.found()}
 DIM, VOCABULARY, EXPERTS = 16, 32, 4
+SEED = 7
 IMAGE = VOCABULARY - 1  # the token that stands for a piece of an image, where a model is shown one
 
 # Values of the fields that a configuration has, whatever its class; a field that is not here keeps its default.
@@ -116,9 +118,34 @@ OWN = {
             "indexer_compress_ratio": 2,
         },
     },
+    "DbrxAttentionConfig": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+    "DbrxConfig": {"n_heads": 2, "n_layers": 2},
+    "DbrxFFNConfig": {"ffn_hidden_size": 24, "moe_top_k": 2},
+    "DogeConfig": {"is_moe": True, "num_experts": 16},
+    "JetMoeConfig": {"kv_channels": 8, "num_key_value_heads": 2},
+    "LongcatFlashConfig": {
+        **{"head_dim": 4, "num_layers": 2, "ffn_hidden_size": 24, "expert_ffn_hidden_size": 24, "zero_expert_num": 2},
+    },
+    "NllbMoeConfig": {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "decoder_layers": 2, "decoder_ffn_dim": 24},
+    "Step3p7TextConfig": DENSE_AND_SPARSE | {"sliding_window": 8, "share_expert_dim": 24},
+    "SwitchTransformersConfig": {
+        **{"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "num_decoder_layers": 2, "d_kv": 8, "d_ff": 24},
+    },
     "ZayaConfig": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
 
+
+# Models with routers whose experts take no implementation, by module.
+OTHERS = {
+    "DbrxForCausalLM": "dbrx",
+    "DogeForCausalLM": "doge",
+    "JetMoeForCausalLM": "jetmoe",
+    "Llama4ForCausalLM": "llama4",
+    "LongcatFlashForCausalLM": "longcat_flash",
+    "NllbMoeForConditionalGeneration": "nllb_moe",
+    "Step3p7ForConditionalGeneration": "step3p7",
+    "SwitchTransformersForConditionalGeneration": "switch_transformers",
+}
 
 ANOTHER_NAME = "a deprecated name of "
 
@@ -179,12 +206,45 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
             "pixel_values": torch.randn(2 * 16, 3 * 8 * 8),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
         }
+    if name in ("NllbMoeForConditionalGeneration", "SwitchTransformersForConditionalGeneration"):
+        return {"input_ids": ids, "decoder_input_ids": ids}
     return {"input_ids": ids}
+
+
+def run(model: nn.Module, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The output, the router logits that it records, and the gradients of all parameters, by name."""
+    model.zero_grad()
+    torch.manual_seed(SEED)  # DiffusionGemma draws the tokens that it starts from
+    out = model(**arguments)
+    out.logits.backward(torch.randn(out.logits.shape))
+    recorded = [t for t in out.get("router_logits") or () if isinstance(t, torch.Tensor)]
+    tensors = {"the output": out.logits} | {f"router logits {i}": t for i, t in enumerate(recorded)}
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    return tensors | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Within 1e-5 of the largest element of each tensor, or the rounding of the model's largest gradient, 4 times.
+
+    The second is for single numbers whose gradient is a sum over all tokens that cancels.
+    """
+    assert actual.keys() == expected.keys()
+    largest = {tensor: e.abs().max().item() for tensor, e in expected.items()}
+    rounding = 4 * torch.finfo(torch.float32).eps * max(largest.values())
+    for tensor, e in expected.items():
+        atol = max(1e-5 * largest[tensor], rounding)
+        torch.testing.assert_close(actual[tensor], e, rtol=0, atol=atol, msg=lambda text, t=tensor: f"{t}: {text}")
 
 
 def experts_in(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model whose experts take an implementation."""
     return {name: m for name, m in model.named_modules() if type(m).__name__ in EXPERTS_CLASSES}
+
+
+def routers_in(model: nn.Module) -> dict[str, str]:
+    """The modules of a model that choose experts, by the classes of docs/routers.md, and their classes."""
+    kinds = router_classes.found().keys() - router_classes.NO_ROUTERS
+    return {name: type(m).__name__ for name, m in model.named_modules() if type(m).__name__ in kinds}
 
 
 def table() -> str:
@@ -199,6 +259,8 @@ def table() -> str:
 
 CLASSES = model_classes()
 RUN = [name for name in CLASSES if name not in NOT_RUN]
+for name, folder in OTHERS.items():
+    CLASSES[name] = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
 
 if __name__ == "__main__":
     text = experts_classes.DOCS.read_text()

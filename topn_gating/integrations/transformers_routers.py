@@ -2,14 +2,17 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import route
+from .transformers_forwards import FORWARDS, METHODS, choose
+
+# Classes of transformers that are named like a router and choose no experts.
+NO_ROUTERS = re.compile(r"(Forget|DFine|Deimv2|Message|Residual)Gate$|DensityRouter$")
 
 
 class PatchedRouters(NamedTuple):
@@ -22,12 +25,14 @@ class PatchedRouters(NamedTuple):
 def patch_routers(model: nn.Module) -> PatchedRouters:
     """Has the routers of a model of transformers decide by :func:`topn_gating.route`, with their own parameters.
 
-    A router is known by its class, and :data:`ROUTERS` names those that are cases of ``route``'s formula. Parameters, buffers
-    and ``state_dict`` stay as they are, and so do the class and what the router returns: logits, weights and experts, the best
-    first. ``del module.forward`` undoes it.
+    A router is known by its class, and :data:`ROUTERS` and :data:`FORWARDS` name those that are cases of ``route``'s formula.
+    Parameters, buffers and ``state_dict`` stay as they are, and so do the class and what the router returns; of experts in a
+    list the best come first. ``del module.forward`` undoes it; of ``DbrxFFN``, ``del module.route_tokens_to_experts``.
 
     Returns:
-        The modules whose ``forward`` was replaced, and those that are named like a router and were left alone.
+        The modules whose method was replaced, and those that were left alone: whatever is named like a router, and the blocks
+        with experts, or with a module that is called a router, in which no module is named like one. A router whose method
+        something else has replaced, such as the hooks of ``device_map``, is left alone: patch the model before.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -37,26 +42,47 @@ def patch_routers(model: nn.Module) -> PatchedRouters:
     done = PatchedRouters({}, {})
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if type(module).__module__.startswith("transformers.models.") and kind in ROUTERS:
-            module.forward = functools.partial(_forward, module)
+        ours = type(module).__module__.startswith("transformers.models.")
+        named = re.search(r"(Router|Gate|Gating)$", kind) and not (ours and NO_ROUTERS.search(kind))
+        forward = _forward if kind in ROUTERS else FORWARDS.get(kind)
+        method = METHODS.get(kind, "forward")
+        present = vars(module).get(method)  # by accelerate, for example, of whose hooks none may be lost
+        free = present is None or getattr(present, "func", None) is forward
+        if ours and forward is not None and free:
+            setattr(module, method, functools.partial(forward, module))
             done.replaced[name] = kind
-        elif re.search(r"(Router|Gate|Gating)$", kind):
+        elif named and done.replaced.keys().isdisjoint(_outer(name)):
             done.left[name] = kind
+    known = {outer for name in (*done.replaced, *done.left) for outer in (name, *_outer(name))}
+    for name, module in model.named_modules():
+        chooses = any(child == "experts" or child.startswith("router") for child, _ in module.named_children())
+        if chooses and name not in known and done.replaced.keys().isdisjoint(_outer(name)):
+            done.left[name] = type(module).__name__
     return done
 
 
-def _forward(self: Any, hidden_states: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward of a router: logits ``(n, e)``, weights and experts ``(n, k)``."""
+def _outer(name: str) -> Iterator[str]:
+    """The names of the modules that a module is in."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _forward(self: Any, hidden_states: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of a router: logits ``(n, e)``, weights and experts ``(n, k)``.
+
+    ``given`` is what the block gives besides: the bias of the selection, or for a router by hash the ids of the tokens.
+    """
     rule = ROUTERS[type(self).__name__]
     logits = rule.logits(self, hidden_states.reshape(-1, hidden_states.shape[-1]))
-    options = {name: value for name, value in rule.options(self).items() if value is not None}
-    if bias is not None:  # of the block, which gives it
-        options["select_bias"] = bias
-    if "select_bias" in options:
-        options["select_bias"] = options["select_bias"].detach().float().flatten()
-    routing = route(logits, self.top_k, dropless=True, losses=False, straight_through=False, **options)
+    options = rule.options(self)
+    if rule.expert is not None:
+        options["expert"] = rule.expert(self, logits.detach(), given)
+    elif given is not None:
+        options["select_bias"] = given
+    weight, expert = choose(logits, self.top_k, **options)
     dtype = {"logits": logits.dtype, "input": hidden_states.dtype, "float32": torch.float32}[rule.dtype]
-    return logits, routing.weight.to(dtype), routing.expert.long()
+    return logits, weight.to(dtype), expert
 
 
 class Router(NamedTuple):
@@ -65,6 +91,7 @@ class Router(NamedTuple):
     logits: Callable[[Any, Tensor], Tensor]
     options: Callable[[Any], dict[str, Any]]
     dtype: str = "float32"  # or that of the "logits" or the "input"
+    expert: Callable[[Any, Tensor, Tensor | None], Tensor | None] | None = None  # experts that are not route's choice, if any
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
@@ -86,6 +113,10 @@ def _float32(self: Any, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight.float(), None if bias is None else bias.float())
 
 
+def _float32_unless_autocast(self: Any, x: Tensor) -> Tensor:
+    return F.linear(x.float(), self.weight.float())
+
+
 def _classifier(self: Any, x: Tensor) -> Tensor:
     return F.linear(x.float(), self.classifier.weight.float())
 
@@ -97,6 +128,11 @@ def _float32_tokens(self: Any, x: Tensor) -> Tensor:
 def _wg(self: Any, x: Tensor) -> Tensor:
     logits: Tensor = self.wg(x.float() if self.wg.weight.dtype == torch.float32 else x)
     return logits
+
+
+def _gate_then_float32(self: Any, x: Tensor) -> Tensor:
+    logits: Tensor = self.gate(x)
+    return logits.float()
 
 
 def _capped(self: Any, x: Tensor) -> Tensor:
@@ -132,6 +168,32 @@ def _deepseek_v3(self: Any) -> dict[str, Any]:
     return {"score": "sigmoid", "select_bias": self.e_score_correction_bias, **_grouped(self)}
 
 
+def _axk2(self: Any) -> dict[str, Any]:
+    return {**_sigmoid(self), "select_bias": self.e_score_correction_bias, "eps": 1e-20, "scale": self.routed_scaling_factor}
+
+
+def _axk2_experts(self: Any, logits: Tensor, _given: Tensor | None) -> Tensor | None:
+    """With groups: those that are closed count as scores of 0, which can be more than an open one's."""
+    if self.num_group is None:
+        return None
+    scores: Tensor = self.apply_group_scoring(logits.sigmoid() + self.e_score_correction_bias)
+    return scores.topk(self.top_k).indices
+
+
+def _kolibri1_experts(self: Any, logits: Tensor, _given: Tensor | None) -> Tensor:
+    """The bias is added to the logits, not to the gates."""
+    biased: Tensor = logits + self.e_score_correction_bias
+    return biased.topk(self.top_k).indices
+
+
+def _of_token(self: Any, _logits: Tensor, ids: Tensor | None) -> Tensor:
+    """The experts of a token of the vocabulary, by table."""
+    if ids is None:
+        raise TypeError(f"{type(self).__name__} needs input_ids")
+    experts: Tensor = self.tid2eid[ids.reshape(-1)]
+    return experts
+
+
 def _ernie(self: Any) -> dict[str, Any]:
     return {"select_bias": self.moe_statics.e_score_correction_bias, "normalize": True, "eps": self.norm_min}
 
@@ -150,6 +212,10 @@ def _sigmoid_bias_scale(self: Any) -> dict[str, Any]:
 
 def _sigmoid(self: Any) -> dict[str, Any]:
     return {"score": "sigmoid", "normalize": self.norm_topk_prob}
+
+
+def _afmoe(self: Any) -> dict[str, Any]:
+    return {"score": "sigmoid", "normalize": True, "eps": 1e-20, "scale": self.route_scale}
 
 
 def _muse(self: Any) -> dict[str, Any]:
@@ -204,10 +270,14 @@ ROUTERS: dict[str, Router] = {
     **_of("MiniMaxM3VLTopKRouter Step3p7TopKRouter MiniMaxM2TopKRouter", Router(_linear_in_its_type, _sigmoid_bias)),
     **_of("HYV3TopKRouter Dots3NoteVisionTopKRouter", Router(_float32, _sigmoid_bias_scale)),
     "FlintTopKRouter": Router(_float32, _sigmoid),
+    "AfmoeTokenChoiceRouter": Router(_gate_then_float32, _afmoe),
+    "AXK2TopkRouter": Router(_float32_unless_autocast, _axk2, "logits", _axk2_experts),
+    "Kolibri1TopKRouter": Router(_float32_unless_autocast, _sigmoid, "logits", _kolibri1_experts),
     "HunYuanMoEV1Gate": Router(_wg, _normalized, "logits"),
     "LagunaTopKRouter": Router(_capped, _sigmoid_bias, "input"),
     "MuseSparkTopkRouter": Router(_multiplied, _muse),
     "Cohere2MoeTopKRouter": Router(_linear, _cohere, "input"),
     "DeepseekV4TopKRouter": Router(_linear, _deepseek_v4, "logits"),
+    "DeepseekV4HashRouter": Router(_linear, _deepseek_v4, "logits", _of_token),
     **_of("Inkling2TopKRouter Inkling2LoopTopKRouter", Router(_float32_tokens, _deepseek_v4, "logits")),
 }
