@@ -188,6 +188,13 @@ def test_routers_that_it_leaves_alone(name):
     assert "forward" not in vars(router)
 
 
+def test_vitpose_is_left():
+    """Its experts are given by the caller; Doge's block is in tests/models."""
+    module = importlib.import_module("transformers.models.vitpose_backbone.modeling_vitpose_backbone")
+    block = module.VitPoseBackboneMoeMLP(transformers.VitPoseBackboneConfig(hidden_size=8, num_experts=2, part_features=2))
+    assert patch_routers(torch.nn.ModuleDict({"mlp": block})) == ({}, {"mlp": "VitPoseBackboneMoeMLP"})
+
+
 def test_blocks_whose_router_has_no_name():
     """As in transformers 4, and in models that bring their code: the block itself is named."""
 
