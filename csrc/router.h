@@ -244,8 +244,8 @@ struct GroupedLinear {
   void* result = nullptr;          // (start[groups], out)
 };
 
-// The gradient of these matrices: the sum of left[row] right[row]ᵀ over the rows of each group, on the CPU alone. Sums are of the
-// compute type; each result is rounded once.
+// The gradient of these matrices: the sum of left[row] right[row]ᵀ over the rows of each group, on the CPU alone. Sums are of
+// the compute type; each result is rounded once.
 struct GroupedOuter {
   DType dtype;                        // type of all tensors
   int64_t groups, in, out;            // number of groups, size of a left row, size of a right row

@@ -1,7 +1,7 @@
 // Products of groups of rows with one matrix each, and their gradients, on the CPU.
 //
-// Groups of few rows are thin_groups-inl.h's. The others are multiplied by blocks of a matrix that fit a core's second-level cache,
-// packed into panels. Each thread takes the same share of the work, and packs a block once for all of its share.
+// Groups of few rows are thin_groups-inl.h's. The others are multiplied by blocks of a matrix that fit a core's second-level
+// cache, packed into panels. Each thread takes the same share of the work, and packs a block once for all of its share.
 #pragma once
 
 #include "cpu/panels-inl.h"
@@ -23,8 +23,8 @@ struct Factor {
   int64_t stride, step;  // from a row to the next, and from a term to the next
 };
 
-// Writes the products of `rows` rows with a packed block to `out`, or with `add` adds them. `factor(first, count)` is the operand
-// of as many rows.
+// Writes the products of `rows` rows with a packed block to `out`, or with `add` adds them. `factor(first, count)` is the
+// operand of as many rows.
 template <class R, class F>
 void multiply_block(int64_t rows, int64_t terms, int64_t columns, const R* block, bool add, R* out, int64_t stride,
                     const F& factor) {
@@ -38,8 +38,8 @@ void multiply_block(int64_t rows, int64_t terms, int64_t columns, const R* block
   }
 }
 
-// Calls f(sums, stride, first, count), which computes rows of a block of results that starts at `to`: in place where they are whole
-// panels of the compute type, and elsewhere in `kept`, from where they are rounded.
+// Calls f(sums, stride, first, count), which computes rows of a block of results that starts at `to`: in place where they are
+// whole panels of the compute type, and elsewhere in `kept`, from where they are rounded.
 template <class T, class F>
 void with_sums(T* to, int64_t stride, int64_t rows, int64_t columns, ComputeType<T>* kept, const F& f) {
   using R = ComputeType<T>;
@@ -160,7 +160,7 @@ class OuterProduct {
   }
 
  private:
-  // Packs columns of the left rows, in the parts that are multiplied at once: of each part, the numbers of a term are contiguous.
+  // Packs columns of the left rows, in the parts that are multiplied at once: the numbers of a term and part are contiguous.
   void pack_left(int64_t term, int64_t terms, int64_t column, int64_t columns) {
     int64_t part[kTile / kRows + 1] = {}, parts = 0;
     for_rows(columns, [&](int64_t first, int64_t count) { part[++parts] = first + count; });

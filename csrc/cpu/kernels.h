@@ -28,8 +28,8 @@ TOPN_GATING_CPU_KERNELS(TOPN_GATING_RUN)
 // environment variable TOPN_GATING_CPU_LEVEL names. It is chosen once.
 const char* level();
 
-// Returns whether `run` uses vectors of 512 bits on a processor where MKL, torch's library of matrix products, uses 256 bits: any
-// that is not Intel's.
+// Returns whether `run` uses vectors of 512 bits on a processor where MKL, torch's library of matrix products, uses 256 bits:
+// any that is not Intel's.
 bool has_wider_vectors_than_mkl();
 
 }  // namespace topn_gating::cpu

@@ -1,5 +1,5 @@
-// Products of matrices on the CPU, for sizes and types whose products are slow in torch. The second matrix is packed into panels:
-// the columns that are processed at once, row after row, with zeros past the last column.
+// Products of matrices on the CPU, for sizes and types whose products are slow in torch. The second matrix is packed into
+// panels: the columns that are processed at once, row after row, with zeros past the last column.
 #pragma once
 
 #include "cpu/element.h"

@@ -1,5 +1,5 @@
-// The operator `grouped_linear` and its gradient: see operators.h. The CPU alone has them in C++. Products of types for which torch's
-// are slow, and of groups of few rows, are kernels; the others are torch's, into slices of one output.
+// The operator `grouped_linear` and its gradient: see operators.h. The CPU alone has them in C++. Products of types for which
+// torch's are slow, and of groups of few rows, are kernels; the others are torch's, into slices of one output.
 #pragma once
 
 #include <atomic>
@@ -46,8 +46,8 @@ struct GroupedArguments {
   }
 
   bool kernels_alone() const { return !has_fast_products(type); }
-  // Returns the most rows of a group whose product is a kernel, where torch's products are fast: up to so many, a product takes the
-  // time of reading the weight. Torch's use the processor's instructions for half types.
+  // Returns the most rows of a group whose product is a kernel. Where torch's products are fast, up to so many rows a product
+  // takes the time of reading the weight; torch's use the processor's instructions for half types.
   int64_t most_rows(const Tensor& t) const {
     if (kernels_alone()) return rows;
     if (t.stride(1) != 1) return 0;
@@ -204,7 +204,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_in
     for_experts(a, wants_weight ? -1 : a.most_rows(grad), [&](int64_t e) {
       const int64_t begin = a.start[e], end = a.start[e + 1];
       const Matrix g = a.matrix(grad).row_range(begin, end);
-      if (wants_rows && g.rows > a.most_rows(grad)) multiply(a.matrix(grad_rows).row_range(begin, end), g, a.expert_weight(e), false);
+      if (wants_rows && g.rows > a.most_rows(grad)) {
+        multiply(a.matrix(grad_rows).row_range(begin, end), g, a.expert_weight(e), false);
+      }
       if (!wants_weight) return;
       const int64_t bytes = a.out * a.in * a.element_bytes;
       if (g.rows == 0) return clear_rows(grad_weight, e, e + 1, bytes);

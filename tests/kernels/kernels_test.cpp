@@ -430,7 +430,7 @@ void linear_cases(Suite& suite) {
   }
 }
 
-// Runs the products of groups of rows, with every number of rows that is multiplied at once, and groups of several tiles and blocks.
+// Runs the products of groups of rows, with every number of rows that is multiplied at once, and of several tiles and blocks.
 void grouped_cases(Suite& suite) {
   const auto run = [&](const Case& c) {
     suite.run("grouped_outer", c);

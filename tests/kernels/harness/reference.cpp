@@ -380,7 +380,9 @@ void run(const GroupedOuter& a) {
     for (int64_t i = 0; i < a.in; ++i) {
       for (int64_t j = 0; j < a.out; ++j) {
         double sum = 0;
-        for (int64_t row = first; row < first + rows; ++row) sum += left[row * a.left_stride + i] * right[row * a.right_stride + j];
+        for (int64_t row = first; row < first + rows; ++row) {
+          sum += left[row * a.left_stride + i] * right[row * a.right_stride + j];
+        }
         Result{a.result}[(group * a.in + i) * a.out + j] = sum;
       }
     }
