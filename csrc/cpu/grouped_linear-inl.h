@@ -92,7 +92,7 @@ class RowsProduct {
           const int64_t tile = std::min(kTile, count - t);
           const Factor<R> x = rows_from(begin + first + t, tile, term, terms);
           multiply_block<R>(tile, terms, columns, block_, term > 0 || a_.bias != nullptr, sums + t * stride, stride,
-                            [&](int64_t row, int64_t) { return Factor<R>{x.data + row * x.stride, x.stride, 1}; });
+                            [&](int64_t row, int64_t) { return Factor<R>{x.data + row * x.stride, x.stride, x.step}; });
         }
       }
     });
