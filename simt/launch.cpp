@@ -47,6 +47,16 @@ cudaError_t refuse(const Request& request) {
   return cudaSuccess;
 }
 
+// Returns a copy of the kernel and its arguments, made without the knowledge of ThreadSanitizer: they are the one memory that
+// the threads of a dependent launch read although nothing orders it before them.
+void* copy_call(const Request& request) {
+  void* copy = std::malloc(request.call_bytes);
+  if (copy == nullptr) throw std::bad_alloc();
+  const auto* from = static_cast<const volatile char*>(request.call);  // volatile: a loop, where memcpy would be reported
+  for (size_t i = 0; i < request.call_bytes; ++i) static_cast<volatile char*>(copy)[i] = from[i];
+  return copy;
+}
+
 // Allocates shared memory with every bit set: NaN as a float, -1 as an integer.
 void* allocate_shared(size_t bytes) {
   void* memory = nullptr;
@@ -77,24 +87,22 @@ void set_threads(Block& block) {
 }
 
 // Allocates a block's shared memory and tokens and prepares its fibers. Under ThreadSanitizer the setter does so: the launcher
-// comes after all earlier blocks, so that their races with this one would be missed.
+// comes after all earlier blocks, so that their races with this one would be missed. The threads of a dependent launch come
+// after the launcher when they have waited for the stream: memory that they access before races with what wrote it.
 void set_memory(Block& block, size_t first_fiber) {
   if (has_tsan()) {
     become(machine.setter);
-    acquire(&machine.tokens->start);
+    if (!machine.request.dependent) acquire(&machine.tokens->start);
     block.tokens = new Tokens();
   }
   block.shared = allocate_shared(machine.request.shared_bytes);
-  for (Thread& thread : block.threads) {
-    thread.fiber = &prepare_fiber(first_fiber + thread.index);
-    if (has_tsan()) {
-      const std::string name = "block " + std::to_string(block.index) + " thread " + std::to_string(thread.index);
-      __tsan_set_fiber_name(thread.fiber->tsan, name.c_str());
-    }
-  }
-  if (has_tsan()) {
-    release(&block.tokens->start);
-    become(machine.launcher.tsan);
+  for (Thread& thread : block.threads) thread.fiber = &prepare_fiber(first_fiber + thread.index);
+  if (!has_tsan()) return;
+  release(&block.tokens->start);
+  become(machine.launcher.tsan);
+  for (const Thread& thread : block.threads) {
+    const std::string name = "block " + std::to_string(block.index) + " thread " + std::to_string(thread.index);
+    __tsan_set_fiber_name(thread.fiber->tsan, name.c_str());
   }
 }
 
@@ -162,6 +170,15 @@ std::vector<unsigned> block_order(size_t count, unsigned cluster) {
   return blocks;
 }
 
+// Chooses the fibers of a launch. Those of a dependent one are not those of the launch before it, with which ThreadSanitizer
+// would see no races.
+void choose_fibers(size_t count) {
+  const bool others = has_tsan() && machine.request.dependent && count > machine.first_fiber;
+  machine.first_fiber = others ? machine.last_fiber : 0;
+  machine.last_fiber = machine.first_fiber + count;
+  machine.fibers.resize(max(machine.fibers.size(), machine.last_fiber));
+}
+
 // Runs a launch that was not refused.
 void run(const Request& request) {
   machine.request = request;
@@ -177,16 +194,21 @@ void run(const Request& request) {
   size_t ring = 1;
   while (ring < fibers) ring *= 2;
   machine.ready.resize(ring);
-  machine.fibers.resize(max(machine.fibers.size(), sets * fibers));
+  choose_fibers(sets * fibers);
   if (has_tsan()) {
     machine.launcher.tsan = __tsan_get_current_fiber();
     if (machine.setter == nullptr) machine.setter = __tsan_create_fiber(0);
     machine.tokens = new Tokens();
     release(&machine.tokens->start);
+    become(machine.setter);
   }
+  void* const call = copy_call(request);
+  machine.request.call = call;
+  if (has_tsan()) become(machine.launcher.tsan);
   for (size_t i = 0; i < order.size() && machine.error == nullptr; i += live) {
-    run_blocks(&order[i], i / live % sets * fibers);
+    run_blocks(&order[i], machine.first_fiber + i / live % sets * fibers);
   }
+  std::free(call);
   delete std::exchange(machine.tokens, nullptr);
 }
 

@@ -157,6 +157,7 @@ int meet_all(Barrier& barrier, Rounds* rounds, Block* blocks, size_t count, Op o
 
 void check_exit(Thread& thread) {
   const Warp& warp = *thread.warp;
+  if (machine.request.dependent && !thread.waited) fail("a thread of a dependent launch exits and never waited for the stream");
   for (int i = 0; i < warp.open; ++i) {
     if ((warp.meetings[i].mask >> thread.lane & 1) != 0) fail("a lane exits while others wait for it at a warp operation");
   }
@@ -212,6 +213,16 @@ void meet_cluster(const char* file, int line) {
   Tokens* tokens = machine.blocks.front().tokens;
   Rounds* rounds = tokens == nullptr ? nullptr : &tokens->cluster;
   meet_all(machine.grid, rounds, machine.blocks.data(), machine.blocks.size(), Op::SyncCluster, 0, {file, line});
+}
+
+void wait_for_stream(const char* file, int line) {
+  Thread& thread = *machine.current;
+  if (thread.waited) {
+    wait_at(thread, Op::WaitForStream, 0, {file, line});
+    fail("a thread waits for the stream a second time");
+  }
+  thread.waited = true;
+  if (has_tsan()) acquire(&machine.tokens->start);
 }
 
 void* shared_of(void* address, unsigned rank) {

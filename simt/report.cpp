@@ -76,6 +76,7 @@ const char* op_name(Op op) {
     case Op::SyncThreadsCount: return "__syncthreads_count";
     case Op::SyncGrid: return "simt_grid_sync";
     case Op::SyncCluster: return "simt_cluster_sync";
+    case Op::WaitForStream: return "simt_wait_for_stream";
   }
   return "";
 }

@@ -37,6 +37,7 @@ struct Thread {
   unsigned index;  // in the block
   unsigned lane;   // in the warp
   State state;
+  bool waited;  // for the stream
   // The operation at which the thread waits or last waited, its mask, the place of its call, and its result.
   Op op;
   unsigned mask;
@@ -94,9 +95,10 @@ struct Machine {
 
   Context launcher;  // the OS thread that called launch()
   // ThreadSanitizer's fiber that sets blocks up. No block that has run is ordered before it, as it would be before the
-  // launcher.
+  // launcher, and of a dependent launch nothing that the launcher did since the last launch that was not dependent.
   void* setter = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
+  size_t first_fiber = 0, last_fiber = 0;  // those of the launch, the last one excluded
 };
 extern Machine machine;
 

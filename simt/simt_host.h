@@ -33,7 +33,7 @@ namespace simt {
 enum class Op : unsigned char {
   ShuffleIndex, ShuffleUp, ShuffleDown, ShuffleXor, Ballot, Any, All, Match,
   Add, MinInt, MinUnsigned, MaxInt, MaxUnsigned, SyncWarp,
-  SyncThreads, SyncThreadsOr, SyncThreadsCount, SyncGrid, SyncCluster,
+  SyncThreads, SyncThreadsOr, SyncThreadsCount, SyncGrid, SyncCluster, WaitForStream,
 };
 
 // Waits until every lane of the mask has called the same operation from the same place; returns the running thread's result.
@@ -44,6 +44,8 @@ int meet_block(Op, int predicate, const char* file, int line);
 void meet_grid(const char* file, int line);
 // Waits for all threads of the running thread's cluster.
 void meet_cluster(const char* file, int line);
+// Waits for the kernels before this one; each thread of a dependent launch must do so once.
+void wait_for_stream(const char* file, int line);
 // Returns where block `rank` of the running thread's cluster has what the running thread's block has at an address.
 void* shared_of(void* address, unsigned rank);
 
@@ -53,10 +55,12 @@ struct Request {
   const char* kernel;              // name, for reports
   void (*body)(const void* call);  // runs one thread: calls the kernel
   const void* call;                // argument of body: the kernel and its arguments
+  size_t call_bytes;
   uint64_t grid, block;            // blocks, and threads of a block
   size_t shared_bytes;
   bool cooperative;
   unsigned cluster;  // blocks of a cluster; 0: the launch has no clusters
+  bool dependent;    // whether the kernel may start while the one before it runs
 };
 // Runs a kernel and returns when it has ended.
 cudaError_t launch(const Request&);
@@ -69,14 +73,15 @@ struct Same {
 
 template <class Args>
 cudaError_t launch(const char* name, void (*kernel)(Args), uint64_t grid, uint64_t block, size_t shared_bytes, cudaStream_t,
-                   const typename Same<Args>::Type& args, bool cooperative, unsigned cluster = 0) {
+                   const typename Same<Args>::Type& args, bool cooperative, unsigned cluster = 0, bool dependent = false) {
+  static_assert(__is_trivially_copyable(Args));
   struct Call {
     void (*kernel)(Args);
-    const Args& args;
+    Args args;
   };
   const Call call{kernel, args};
   const auto body = [](const void* call) { static_cast<const Call*>(call)->kernel(static_cast<const Call*>(call)->args); };
-  return launch({name, body, &call, grid, block, shared_bytes, cooperative, cluster});
+  return launch({name, body, &call, sizeof call, grid, block, shared_bytes, cooperative, cluster, dependent});
 }
 
 // Returns the bytes of a value of at most 8 bytes, followed by zeros.
@@ -102,8 +107,11 @@ inline T from_bits(uint64_t bits) {
   ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, false)
 #define SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, smem, stream, args) \
   ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, true)
+// The two below are dependent launches.
+#define SIMT_LAUNCH_DEPENDENT(kernel, grid, block, smem, stream, args) \
+  ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, false, 0, true)
 #define SIMT_LAUNCH_CLUSTERS(kernel, grid, cluster, block, smem, stream, args) \
-  ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, false, cluster)
+  ::simt::launch(#kernel, kernel, grid, block, smem, stream, args, false, cluster, true)
 
 // A function that wraps one of the operations below declares SIMT_CALLER after its last parameter and passes SIMT_PASS after
 // the last argument, so that reports name the line of its caller, and calls from different lines count as different operations.
@@ -161,6 +169,7 @@ inline int __syncthreads_count(int predicate, SIMT_SITE) {
 }
 inline void simt_grid_sync(SIMT_SITE) { simt::meet_grid(file, line); }
 inline void simt_cluster_sync(SIMT_SITE) { simt::meet_cluster(file, line); }
+inline void simt_wait_for_stream(SIMT_SITE) { simt::wait_for_stream(file, line); }
 #undef SIMT_SITE
 
 // Do nothing: one thread runs at a time.

@@ -2,7 +2,8 @@
 
     python -m benchmarks.sass [--only gate] [--unit csrc/cuda/gate.cu] [--root CHECKOUT] [--arch sm_90]
     python -m benchmarks.sass --listing "gate, e=64"     # the token loops of the rows with that in their names, block by block
-    python -m benchmarks.sass --check                    # fails where a count grew by a tenth against docs/benchmarks.md
+    python -m benchmarks.sass --check                    # fails where a count grew by a tenth against docs/benchmarks.md, or
+                                                         # where a kernel accesses memory before it waits for the stream
     python -m benchmarks.sass --write                    # writes the table into docs/benchmarks.md
     python -m benchmarks.sass --unit csrc/cuda/gate.cu --kernel ^gate_tokens --tokens 4 --moved 320 --trips ^pop_sorted:=8
 
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from ptxas_spills import Function
 from tables import markdown_table
 
-from . import table
+from . import table, waits
 from .build import Kernel, compile_unit, find_disassembler, find_nvcc, kernels, release
 from .kernels import ROWS, Row
 from .machine import WARPS, Prediction, predict, resident_warps
@@ -117,7 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose kernels are counted")
     parser.add_argument("--arch", default="sm_90", choices=("sm_80", "sm_90", "sm_100"))
     parser.add_argument("--listing", metavar="PATTERN", help="prints the token loops of the rows whose names match")
-    parser.add_argument("--check", action="store_true", help="fails where a count grew or a kernel spills")
+    parser.add_argument("--check", action="store_true", help="fails where a count grew, or a kernel spills or does not wait")
     parser.add_argument("--write", action="store_true", help="writes the table into docs/benchmarks.md")
     own = parser.add_argument_group("kernels without a row")
     own.add_argument("--kernel", metavar="PATTERN", help="kernels whose demangled names match")
@@ -166,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = options.root / table.PAGE
     if options.check:
         wrong += table.problems(table.read(page.read_text()), cells)
-        print("\n".join(wrong) or "No count grew by more than a tenth, and nothing spills.")
+        wrong += waits.problems(nvcc, options.root.resolve(), disassembler, options.arch)
+        print("\n".join(wrong) or "No count grew by more than a tenth, nothing spills, and every kernel waits for the stream.")
     if options.write:
         page.write_text(table.written(page.read_text(), cells))
     return bool(wrong)

@@ -165,7 +165,10 @@ template <class T, Slots S, Memory M>
 __global__ void __launch_bounds__(most_threads(M, sizeof(T) == 8), 1) assign_pairs(AssignTask task) {
   SIMT_DYN_SMEM(int32_t, shared);
   const TileSlots<T, S, M> block(task, shared);
+  if constexpr (M == Memory::Workspace) wait_for_stream();  // the counters are in global memory
   block.clear();
+  if constexpr (M != Memory::Workspace) wait_for_stream();
+  let_next_start();
   __syncthreads();
   block.count();
   __syncthreads();
@@ -202,6 +205,8 @@ __global__ void __launch_bounds__(most_threads(M, sizeof(T) == 8), 1) assign_pai
 template <class T>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) assign_backward_pairs(AssignBackward a) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  wait_for_stream();
+  let_next_start();
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < a.pairs; i += step) {
     static_cast<T*>(a.grad_weight)[i] = a.slot[i] >= 0 ? static_cast<const T*>(a.grad_kept)[i] : T(0);
   }
@@ -222,7 +227,7 @@ cudaError_t run(const Assign& a, cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
     const unsigned grid = unsigned(blocks), block = task.warps * kWarp;
     const size_t shared = task.shared_bytes();
-    return task.tiles == 1  ? SIMT_LAUNCH(kernel, grid, block, shared, stream, task)
+    return task.tiles == 1  ? SIMT_LAUNCH_DEPENDENT(kernel, grid, block, shared, stream, task)
            : task.clustered ? SIMT_LAUNCH_CLUSTERS(kernel, grid, task.tiles, block, shared, stream, task)
                             : SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, task);
   };
@@ -247,7 +252,8 @@ cudaError_t run(const Assign& a, cudaStream_t stream) {
 cudaError_t run(const AssignBackward& a, cudaStream_t stream) {
   if (a.pairs == 0) return cudaSuccess;
   const auto kernel = a.is_double ? assign_backward_pairs<double> : assign_backward_pairs<float>;
-  return SIMT_LAUNCH(kernel, grid_of(ceil_div<int64_t>(a.pairs, SIMT_BLOCK_THREADS)), SIMT_BLOCK_THREADS, 0, stream, a);
+  const unsigned grid = grid_of(ceil_div<int64_t>(a.pairs, SIMT_BLOCK_THREADS));
+  return SIMT_LAUNCH_DEPENDENT(kernel, grid, SIMT_BLOCK_THREADS, 0, stream, a);
 }
 
 }  // namespace topn_gating::cuda

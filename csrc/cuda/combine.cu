@@ -19,6 +19,8 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 4) combine_backward_rows(C
   const int64_t top_n = a.assignment.top_n;
   T* const grad_y = static_cast<T*>(a.grad_y);
   R* const grad_weight = static_cast<R*>(a.grad_weight);
+  wait_for_stream();
+  let_next_start();
   for_rows(task.plan.tokens, [&](int64_t first, int64_t last) {
     for (int64_t pair = first * top_n; pair < last * top_n; pair += kWarp) {
       const HeldPairs held(a.assignment, pair, last * top_n);
@@ -65,7 +67,7 @@ cudaError_t run(const CombineBackward& a, cudaStream_t stream) {
     using T = std::remove_pointer_t<decltype(element)>;
     const bool aligned16 = is_aligned16(a.dim * sizeof(T), a.grad_out, a.y, a.grad_y);
     const auto kernel = aligned16 ? combine_backward_rows<T, kPackSize<T>> : combine_backward_rows<T, 1>;
-    return SIMT_LAUNCH(kernel, task.plan.grid, SIMT_BLOCK_THREADS, 0, stream, task);
+    return SIMT_LAUNCH_DEPENDENT(kernel, task.plan.grid, SIMT_BLOCK_THREADS, 0, stream, task);
   });
 }
 

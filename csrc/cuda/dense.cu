@@ -73,6 +73,8 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 4) dense_chunks(DenseTask 
   const int64_t row = s.experts * s.capacity, size = s.groups * s.tokens * row;
   const int64_t step = int64_t(blockDim.x / kWarp) * chunk, run = kChunksPerWarp * step;  // elements of a block
   const T one = from_compute<T>(Weight(1));
+  wait_for_stream();
+  let_next_start();
 
   int64_t found = -1;  // the 32 pairs whose entries the lanes hold
   Entry<Weight> entry;
@@ -110,6 +112,8 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) dense_backward_pairs(Dense
   using Weight = ComputeType<T>;
   const Assignment& s = a.assignment;
   const int64_t pairs = s.groups * s.tokens * s.top_n, step = int64_t(gridDim.x) * blockDim.x;
+  wait_for_stream();
+  let_next_start();
   for (int64_t pair = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; pair < pairs; pair += step) {
     const int64_t token = quotient(pair, s.top_n), group = quotient(token, s.tokens), n = token - group * s.tokens;
     const int64_t e = s.expert[pair], c = s.slot[pair];
@@ -138,7 +142,7 @@ cudaError_t run(const Dense& a, cudaStream_t stream) {
     const unsigned grid = grid_of(ceil_div(size, warp * SIMT_BLOCK_THREADS / kWarp));
     const DenseTask task{a, 2 * size * int64_t(sizeof(T)) >= kNontemporalBytes};
     const auto kernel = aligned16 ? dense_chunks<T, kPackSize<T>> : dense_chunks<T, 1>;
-    return SIMT_LAUNCH(kernel, grid, SIMT_BLOCK_THREADS, 0, stream, task);
+    return SIMT_LAUNCH_DEPENDENT(kernel, grid, SIMT_BLOCK_THREADS, 0, stream, task);
   });
 }
 
@@ -148,7 +152,8 @@ cudaError_t run(const DenseBackward& a, cudaStream_t stream) {
   return with_type(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     const auto kernel = dense_backward_pairs<T>;
-    return SIMT_LAUNCH(kernel, grid_of(ceil_div<int64_t>(pairs, SIMT_BLOCK_THREADS)), SIMT_BLOCK_THREADS, 0, stream, a);
+    const unsigned grid = grid_of(ceil_div<int64_t>(pairs, SIMT_BLOCK_THREADS));
+    return SIMT_LAUNCH_DEPENDENT(kernel, grid, SIMT_BLOCK_THREADS, 0, stream, a);
   });
 }
 

@@ -18,6 +18,8 @@ template <class Unit>
 __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) copy_rows(CopyRows a) {
   const int64_t units = a.row_bytes / int64_t(sizeof(Unit)), top_n = a.assignment.top_n;
   Unit* const to = static_cast<Unit*>(a.to);
+  wait_for_stream();
+  let_next_start();
   for_rows(a.plan.tokens, [&](int64_t first, int64_t last) {
     for (int64_t pair = first * top_n; pair < last * top_n; pair += kWarp) {
       const HeldPairs held(a.assignment, pair, last * top_n);
@@ -51,7 +53,7 @@ cudaError_t run(const Dispatch& a, cudaStream_t stream) {
                       : bytes == 8                      ? copy_rows<uint64_t>
                       : bytes == 4                      ? copy_rows<uint32_t>
                                                         : copy_rows<uint16_t>;
-  return SIMT_LAUNCH(kernel, task.plan.grid, SIMT_BLOCK_THREADS, 0, stream, task);
+  return SIMT_LAUNCH_DEPENDENT(kernel, task.plan.grid, SIMT_BLOCK_THREADS, 0, stream, task);
 }
 
 cudaError_t run(const DispatchBackward& a, cudaStream_t stream) {

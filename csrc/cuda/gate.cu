@@ -214,6 +214,8 @@ __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowL
   const RowLayout layout(task.gate.experts);
   SIMT_DYN_SMEM(char, shared);
   double* const of_sums = reinterpret_cast<double*>(shared + Router::shared_bytes(blockDim.x));
+  wait_for_stream();
+  let_next_start();
   Router router(task, layout, reinterpret_cast<float*>(shared));
   const int counted_ranks = task.gate.given != nullptr ? 0 : task.gate.all_ranks ? int(task.gate.top_n) : 1;
   for_tiles<float>(task, layout, of_sums, counted_ranks,

@@ -68,7 +68,7 @@ struct GateLaunch {
 
   cudaError_t run(cudaStream_t stream) const {
     return task.gate.losses ? SIMT_LAUNCH_COOPERATIVE(kernel, task.plan.grid, task.plan.block, shared_bytes, stream, task)
-                            : SIMT_LAUNCH(kernel, task.plan.grid, task.plan.block, shared_bytes, stream, task);
+                            : SIMT_LAUNCH_DEPENDENT(kernel, task.plan.grid, task.plan.block, shared_bytes, stream, task);
   }
 
  private:

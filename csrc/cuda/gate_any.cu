@@ -211,6 +211,8 @@ __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowL
   using Scalar = typename RowLayout::Scalar;
   const Gate& a = task.gate;
   const RowLayout layout(a.experts);
+  wait_for_stream();
+  let_next_start();
   char* memory = task.space.rows + blockIdx.x * task.plan.row_bytes;
   typename RowLayout::template Row<Scalar> s(memory, layout.count), z(memory, layout.count);
   AnyRouter<T, RowLayout> router(task, layout, memory);
@@ -239,6 +241,8 @@ __global__ void gate_statistics(GateTask task) {
   double* const entropies = valids + warps;   // (warps)
   double* const squares = entropies + warps;  // (warps)
   double* const largests = squares + warps;   // (warps)
+  wait_for_stream();
+  let_next_start();
   TokenStatistics sum{};
   const int64_t entries = task.plan.count * (task.plan.block / kWarp);
   for (int64_t i = threadIdx.x; i < entries; i += blockDim.x) {
@@ -286,7 +290,7 @@ GateLaunch any_launch(const Gate& a) {
 cudaError_t launch_statistics(const GateTask& task, cudaStream_t stream) {
   const unsigned warps = SIMT_BLOCK_THREADS / kWarp;
   const auto kernel = task.gate.dtype == DType::F64 ? gate_statistics<double> : gate_statistics<float>;
-  return SIMT_LAUNCH(kernel, 1u, warps * kWarp, warps * 4 * sizeof(double), stream, task);
+  return SIMT_LAUNCH_DEPENDENT(kernel, 1u, warps * kWarp, warps * 4 * sizeof(double), stream, task);
 }
 
 }  // namespace topn_gating::cuda

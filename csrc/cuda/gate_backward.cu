@@ -264,6 +264,8 @@ template <class T, class RowLayout, Kind kind>
 __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>)
     gate_backward_rows(GateBackwardTask task) {
   SIMT_DYN_SMEM(float, shared);
+  wait_for_stream();
+  let_next_start();
   RowGradient<T, RowLayout, kind> gradient(task, shared);
   for (int64_t tile = blockIdx.x; tile < task.plan.count; tile += gridDim.x) gradient.run(tile);
 }

@@ -97,7 +97,7 @@ struct GateBackwardLaunch {
       const cudaError_t error = launch_count(task, stream);
       if (error != cudaSuccess) return error;
     }
-    return SIMT_LAUNCH(kernel, task.plan.grid, task.plan.block, shared_bytes, stream, task);
+    return SIMT_LAUNCH_DEPENDENT(kernel, task.plan.grid, task.plan.block, shared_bytes, stream, task);
   }
 };
 

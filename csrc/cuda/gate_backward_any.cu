@@ -15,6 +15,8 @@ __global__ void count_valid_tokens(GateBackwardTask task) {
   const int64_t tokens = group < a.groups ? a.tokens : 0, before = (16 - reinterpret_cast<uintptr_t>(mask) % 16) % 16;
   const int64_t first = before < tokens ? before : tokens, packs = (tokens - first) / 16, rest = first + packs * 16;
   int64_t count = 0;
+  wait_for_stream();
+  let_next_start();
   for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
     const uint4 pack = reinterpret_cast<const uint4*>(mask + first)[i];
     constexpr unsigned ones = 0x01010101u;
@@ -159,6 +161,8 @@ template <class T, class RowLayout, bool Softmax>
 __global__ void __launch_bounds__(kBlockThreads<RowLayout>, kResidentBlocks<RowLayout>)
     gate_backward_any(GateBackwardTask task) {
   const GateBackward& a = task.gate;
+  wait_for_stream();
+  let_next_start();
   Gradient<T, RowLayout, Softmax> gradient(task, task.rows + blockIdx.x * task.plan.row_bytes);
   for (int64_t index = blockIdx.x; index < task.plan.count; index += gridDim.x) {
     const Tile tile(task.plan, index, a.tokens);
@@ -176,7 +180,7 @@ cudaError_t launch_count(const GateBackwardTask& task, cudaStream_t stream) {
   if (task.gate.groups > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const unsigned warps = 4 * SIMT_BLOCK_THREADS / kWarp, blocks = unsigned(std::max<int64_t>(task.gate.groups, 1));
   const auto kernel = count_valid_tokens;
-  return SIMT_LAUNCH(kernel, blocks, warps * kWarp, warps * sizeof(double), stream, task);
+  return SIMT_LAUNCH_DEPENDENT(kernel, blocks, warps * kWarp, warps * sizeof(double), stream, task);
 }
 
 GateBackwardLaunch any_launch(const GateBackward& a) {

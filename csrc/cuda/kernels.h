@@ -1,5 +1,5 @@
 // The launchers of the CUDA kernels: one overload of `run` for each argument struct of router.h. Each enqueues its kernels on the
-// stream and returns the launch's error. None synchronises, allocates memory or throws.
+// stream and returns the launch's error. None synchronises, allocates device memory or throws.
 #pragma once
 
 #include "cuda/runtime.h"

@@ -62,6 +62,8 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, Dots ? 2 : 3) sum_rows(Sum
   constexpr int Vectors = kSumVectors<Count>;
   const int top_n = int(a.assignment.top_n);
   const unsigned of_first = top_n < int(kWarp) ? (1u << top_n) - 1u : kAllLanes;
+  wait_for_stream();
+  let_next_start();
   for_rows(a.plan, [&](int64_t first, int64_t last) {
     const HeldPairs held(a.assignment, first * top_n, last * top_n);
     const R own_weight = held.weight<R>(a.weight);
@@ -98,6 +100,8 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS, 3) sum_rows_of_many_ranks(
   using R = ComputeType<T>;
   const int64_t top_n = a.assignment.top_n;
   R* const dots = static_cast<R*>(a.dots);
+  wait_for_stream();
+  let_next_start();
   for_rows(a.plan, [&](int64_t token, int64_t /*last*/) {
     bool first_part = true;
     for_parts<1>(a.dim, [&](int64_t at) {
@@ -132,7 +136,7 @@ cudaError_t launch_with(DType dtype, const SumRows& a, cudaStream_t stream) {
     const auto kernel = a.assignment.top_n > kWarp ? sum_rows_of_many_ranks<T, Dots>
                         : aligned16                     ? sum_rows<T, kPackSize<T>, Dots>
                                                    : sum_rows<T, 1, Dots>;
-    return SIMT_LAUNCH(kernel, a.plan.grid, SIMT_BLOCK_THREADS, 0, stream, a);
+    return SIMT_LAUNCH_DEPENDENT(kernel, a.plan.grid, SIMT_BLOCK_THREADS, 0, stream, a);
   });
 }
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/runtime.h"
+#include "cuda/launch.cuh"
 #include "inline.h"
 
 #ifndef TOPN_SIMT_HOST
@@ -22,68 +22,28 @@
 #define SIMT_DYN_SMEM(T, name)                  \
   extern __shared__ uint4 simt_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(simt_dynamic_shared)
-#define SIMT_LAUNCH(kernel, grid, block, smem, stream, args) \
-  ::topn_gating::cuda::launch(kernel, grid, block, smem, stream, args, false)
-// Launches a kernel in clusters of so many neighbouring blocks, at most 8, which can call `sync_cluster`. See `has_clusters`.
-#define SIMT_LAUNCH_CLUSTERS(kernel, grid, cluster, block, smem, stream, args) \
-  ::topn_gating::cuda::launch_clusters(kernel, grid, cluster, block, smem, stream, args)
-// Launches a kernel whose blocks are all resident, so that they can call `sync_grid`.
-#define SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, smem, stream, args) \
-  ::topn_gating::cuda::launch(kernel, grid, block, smem, stream, args, true)
 #endif
 
 namespace topn_gating::cuda {
 
 constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kDefaultShared = 48 << 10;  // bytes of shared memory that need no opt-in
 
 #ifndef TOPN_SIMT_HOST
-// Lets a kernel have that much dynamic shared memory.
-template <class Args>
-cudaError_t allow_shared(void (*kernel)(Args), size_t smem) {
-  if (smem <= kDefaultShared) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem));
+// Waits until all earlier kernels of the stream have ended and their writes are visible. Every thread of a dependent launch
+// calls it once, before it accesses global memory, on every path: whatever follows in the stream waits for this kernel alone.
+__device__ __forceinline__ void wait_for_stream() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
-// Returns how many blocks of a kernel a multiprocessor runs at once, at least 1.
-template <class Args>
-int resident_blocks(void (*kernel)(Args), unsigned block, size_t smem) {
-  int blocks = 1;
-  const bool known = allow_shared(kernel, smem) == cudaSuccess &&
-                     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(block), smem) == cudaSuccess;
-  return known && blocks > 1 ? blocks : 1;
-}
-
-template <class Args>
-cudaError_t launch(void (*kernel)(Args), unsigned grid, unsigned block, size_t smem, cudaStream_t stream, Args args,
-                   bool cooperative) {
-  const cudaError_t refused = allow_shared(kernel, smem);
-  if (refused != cudaSuccess) return refused;
-  void* parameters[] = {&args};
-  const void* function = reinterpret_cast<const void*>(kernel);
-  return cooperative ? cudaLaunchCooperativeKernel(function, dim3(grid), dim3(block), parameters, smem, stream)
-                     : cudaLaunchKernel(function, dim3(grid), dim3(block), parameters, smem, stream);
-}
-
-template <class Args>
-cudaError_t launch_clusters(void (*kernel)(Args), unsigned grid, unsigned cluster, unsigned block, size_t smem,
-                            cudaStream_t stream, Args args) {
-  const cudaError_t refused = allow_shared(kernel, smem);
-  if (refused != cudaSuccess) return refused;
-  cudaLaunchAttribute size{};
-  size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim.x = cluster;
-  size.val.clusterDim.y = size.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(block);
-  config.dynamicSmemBytes = smem;
-  config.stream = stream;
-  config.attrs = &size;
-  config.numAttrs = 1;
-  void* parameters[] = {&args};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
+// Lets the next kernel of the stream start, if it is a dependent launch, once all blocks of this one have called this or ended.
+// So none of these still needs room on the device, and the next kernel can only wait for them: nothing depends on the call.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // A barrier for all threads of a cooperative launch.
@@ -108,37 +68,14 @@ __device__ __forceinline__ T* in_block_of_cluster(T* address, [[maybe_unused]] u
 #else
 __device__ __forceinline__ void sync_grid() { simt_grid_sync(); }
 __device__ __forceinline__ void sync_cluster() { simt_cluster_sync(); }
+__device__ __forceinline__ void wait_for_stream() { simt_wait_for_stream(); }
+__device__ __forceinline__ void let_next_start() {}
 
 template <class T>
 __device__ __forceinline__ T* in_block_of_cluster(T* address, unsigned rank) {
   return static_cast<T*>(::simt::shared_of(address, rank));
 }
-
-template <class Args>
-int resident_blocks(void (* /*kernel*/)(Args), unsigned /*block*/, size_t /*smem*/) {
-  return 1;
-}
 #endif
-
-// Returns an attribute of the current device.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
-// Returns whether the device has clusters and the kernel's code is for such a device.
-template <class Args>
-bool has_clusters([[maybe_unused]] void (*kernel)(Args)) {
-  if (device_attribute(cudaDevAttrClusterLaunch) == 0) return false;
-#ifdef TOPN_SIMT_HOST
-  return true;
-#else
-  cudaFuncAttributes attributes{};
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-  return error == cudaSuccess && attributes.ptxVersion >= 90;
-#endif
-}
 
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ unsigned warp_id() { return threadIdx.x / kWarp; }

@@ -136,6 +136,7 @@ __global__ void prefix_kernel(BlockSumsArgs a) {
 __global__ void cluster_kernel(BlockSumsArgs a) {
   SIMT_DYN_SMEM(int, shared);
   constexpr unsigned blocks = 4;  // of a cluster
+  simt_wait_for_stream();
   const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
   const int sum = block_sum(shared, a.x[at]);
   if (threadIdx.x == 0) shared[blockDim.x] = sum;  // fault NoClusterSync

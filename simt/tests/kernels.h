@@ -9,10 +9,11 @@ enum class Fault {
   None,
   // Races between threads, which ThreadSanitizer reports.
   NoFirstBarrier, NoSecondBarrier, NoSyncWarp, ShuffleForSyncWarp, HalfMasks, NoGridSync, NoClusterSync, EarlyExit,
-  PlainTicket, SharedAdd, BlocksAdd,
+  PlainTicket, SharedAdd, BlocksAdd, EarlyRead, EarlyWrite,
   // Wrong uses of warp operations and barriers, which the scheduler reports.
   DivergentShuffle, DivergentExit, OutsideMask, NotInOwnMask, ExitedLane, MissingLane, OtherOperation, OtherCaller,
   OtherMask, BadWidth, ShuffleAgainstBarrier, MissedBarrier, OtherLine, NotCooperative, NoCluster, Deadlock,
+  NoWait, TwoWaits,
   // Wrong accesses and shifts, which AddressSanitizer and UndefinedBehaviorSanitizer report.
   SharedOverrun, Misaligned, ShiftTooLarge,
 };
@@ -29,6 +30,7 @@ Outcome block_scan(Fault);     // inclusive sums of tiles through shared memory,
 Outcome warp_reverse(Fault);   // exchange of values through shared memory, with __syncwarp
 Outcome grid_prefix(Fault);    // sums over the blocks of a cooperative launch, with a barrier of the grid
 Outcome cluster_sums(Fault);   // sums of the shared memory of a cluster's blocks, with barriers of the cluster
+Outcome chain(Fault);          // two dependent launches, the second of which uses what the first has written
 Outcome last_block(Fault);     // sum by the block that finishes last of what all blocks have stored
 Outcome histogram(Fault);      // atomics on shared and global memory
 Outcome memory(Fault);         // 16-byte loads, shared memory and a shift

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from sass import build, run, sources, table
+from sass import build, run, sources, table, waits
 from sass.kernels import ROWS
 from sass.listing import flow_graph, functions
 from sass.loops import natural_loops, step
@@ -285,6 +285,23 @@ def test_the_token_loop_is_the_largest_or_most_of_it(code):
     assert token_loop(loops, blocks, 1) == loops[0]
     named = body_of(blocks, {}, {}, named="^work: other")
     assert set(weights(named)) == {"FMNMX"}
+
+
+@pytest.mark.parametrize(
+    ("before", "found"),
+    [
+        ("STS [R1], R2\nACQBULK", []),
+        ("LDG.E R2, desc[UR4][R2.64]\nACQBULK", ["LDG.E"]),
+        ("@P0 ACQBULK", ["STG.E", "EXIT"]),
+        ("@P0 EXIT\nACQBULK", ["EXIT"]),
+        ("@P0 BRA L1\nACQBULK\nL1:", ["STG.E", "EXIT"]),
+        ("@P0 BRA L1\nACQBULK\nBRA L2\nL1:\nACQBULK\nL2:", []),
+    ],
+    ids=["shared memory", "an access", "a predicate", "an end", "one path", "both paths"],
+)
+def test_every_path_waits_before_it_accesses_memory(code, before, found):
+    blocks = code(f"MOV R1, R2\n{before}\nSTG.E desc[UR4][R2.64], R1\nEXIT")
+    assert [place.split()[1] for place in waits.early(blocks)] == found
 
 
 def test_a_kernel_without_a_loop_has_no_body(code):

@@ -1,4 +1,4 @@
-"""Checks that the tests notice if any barrier of the CUDA kernels is missing.
+"""Checks that the tests notice if any barrier of the CUDA kernels, or wait for the stream, is missing.
 
 Each barrier is left out in turn, and ``kernels_test --quick`` must fail, by a wrong result in some schedule or by a race that
 ThreadSanitizer reports. The kernels are compiled once, with a condition around each barrier that leaves it out if its number is
@@ -15,8 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BARRIER = re.compile(r"(?<!void )\b(?:__syncthreads|__syncwarp|sync_grid|sync_cluster)\(\)")
-ANY_BARRIER = re.compile(r"(?<!void )\b(?:__sync\w+|sync_grid|sync_cluster) *\(")
+BARRIER = re.compile(r"(?<!void )\b(?:__syncthreads|__syncwarp|sync_grid|sync_cluster|wait_for_stream)\(\)")
+ANY_BARRIER = re.compile(r"(?<!void )\b(?:__sync\w+|sync_grid|sync_cluster|wait_for_stream) *\(")
 SCHEDULER = ["scheduler", "fiber", "meet", "launch", "report"]
 TESTS = [ROOT / "tests/kernels/kernels_test.cpp", *sorted((ROOT / "tests/kernels/harness").glob("*.cpp"))]
 CPU = ["level", "level_avx2", "level_avx512", "level_baseline", "workspace"]

@@ -287,6 +287,20 @@ void quick_gates(Suite& suite) {
   run_gates(suite, c, true);
 }
 
+// Runs the kernels that have no barriers but wait for the stream.
+void quick_waits(Suite& suite) {
+  Case gate{DType::F64, 1, 20, 40, 2};
+  gate.losses = false;
+  suite.run("gate", gate, true);
+  for (const int64_t top_n : {3, 33}) {  // 33: a token's pairs do not fit a warp
+    const Case c{DType::F32, 1, 40, 50, top_n, 5, 8};
+    for (const char* kernel : {"assign_backward", "dense", "dense_backward", "dispatch", "dispatch_backward", "combine",
+                               "combine_backward"}) {
+      suite.run(kernel, c, true);
+    }
+  }
+}
+
 Case assign_case(int64_t groups, int64_t tokens, int64_t experts, int64_t top_n, int64_t capacity, int multiprocessors = 3,
                  bool mask = false, bool perturbed = false) {
   Case c{DType::F32, groups, tokens, experts, top_n, capacity};
@@ -476,6 +490,7 @@ int main(int argc, char** argv) {
   // the order of sums.
   if (!suite.cpu_alone()) setenv("TOPN_GATING_CPU_LEVEL", "baseline", 1);
   quick_gates(suite);
+  quick_waits(suite);
   any_router(suite);
   gate_sizes(suite);
   gate_layouts(suite);
