@@ -38,8 +38,10 @@ cudaError_t refuse(const Request& request) {
   if (request.cluster > kMaxCluster || (request.cluster != 0 && request.grid % request.cluster != 0)) {
     return because("blocks in a cluster: ", request.cluster, cudaErrorInvalidConfiguration);
   }
-  if (request.cluster != 0 && !settings.clusters) {
-    return because("no clusters on this device, blocks in a cluster: ", request.cluster, cudaErrorInvalidConfiguration);
+  if (request.cluster != 0 && settings.clusters != SIMT_CLUSTERS) {
+    const char* const what = settings.clusters == SIMT_NO_CLUSTERS ? "no clusters on this device, blocks in a cluster: "
+                                                                  : "no room for a cluster, blocks: ";
+    return because(what, request.cluster, cudaErrorInvalidConfiguration);
   }
   if (request.cooperative && request.grid > uint64_t(settings.multiprocessors)) {
     return because("blocks in a cooperative grid: ", request.grid, cudaErrorCooperativeLaunchTooLarge);
@@ -232,7 +234,7 @@ void simt_set_schedule(int schedule, uint64_t seed) {
   simt::settings.seed = seed;
 }
 void simt_set_multiprocessors(int count) { simt::settings.multiprocessors = count; }
-void simt_set_clusters(int has) { simt::settings.clusters = has != 0; }
+void simt_set_clusters(int kind) { simt::settings.clusters = kind; }
 long simt_launches(void) { return simt::settings.launches; }
 long simt_events(void) { return simt::settings.events; }
 const char* simt_error(void) { return simt::settings.error.c_str(); }
@@ -242,6 +244,7 @@ void simt_reset(void) {
 }
 }
 
+bool simt_has_room_for_cluster() { return simt::settings.clusters == SIMT_CLUSTERS; }
 void simt_event() { ++simt::settings.events; }
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -264,7 +267,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device != 0) return cudaErrorInvalidValue;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = simt::settings.multiprocessors; return cudaSuccess;
-    case cudaDevAttrClusterLaunch: *value = simt::settings.clusters; return cudaSuccess;
+    case cudaDevAttrClusterLaunch: *value = simt::settings.clusters != SIMT_NO_CLUSTERS; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(simt::kMaxShared); return cudaSuccess;
   }
   return cudaErrorInvalidValue;

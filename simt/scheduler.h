@@ -107,7 +107,7 @@ struct Settings {
   int schedule = SIMT_FIFO;
   uint64_t seed = 0;
   int multiprocessors = 3;
-  bool clusters = true;
+  int clusters = SIMT_CLUSTERS;
   long launches = 0, events = 0;
   std::string error;
 };

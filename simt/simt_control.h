@@ -19,8 +19,13 @@ SIMT_EXPORT void simt_set_schedule(int schedule, uint64_t seed);
 // Sets the value of cudaDevAttrMultiProcessorCount, initially 3, which is also the most blocks of a cooperative launch.
 SIMT_EXPORT void simt_set_multiprocessors(int count);
 
-// Sets whether the device has clusters of blocks, which it has initially.
-SIMT_EXPORT void simt_set_clusters(int has);
+// Sets whether the device has clusters of blocks, and room for one, which it has initially.
+enum SimtClusters {
+  SIMT_NO_CLUSTERS = 0,
+  SIMT_CLUSTERS = 1,
+  SIMT_NO_ROOM_FOR_CLUSTERS = 2,  // it has them, and refuses to launch them: the process has a part of the device
+};
+SIMT_EXPORT void simt_set_clusters(int kind);
 
 // Return the number of launches since the last reset, refused ones included, and the text of the last error ("": none).
 SIMT_EXPORT long simt_launches(void);

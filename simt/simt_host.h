@@ -203,6 +203,9 @@ SIMT_ORDERED_ATOMICS(long long)
 #undef SIMT_ATOMICS
 #undef SIMT_ORDERED_ATOMICS
 
+// Returns what stands for cudaOccupancyMaxActiveClusters: whether the device has room for a cluster.
+bool simt_has_room_for_cluster();
+
 // Counts an event for tests: simt_control.h.
 void simt_event();
 

@@ -212,7 +212,36 @@ __global__ void __launch_bounds__(SIMT_BLOCK_THREADS) assign_backward_pairs(Assi
   }
 }
 
-AssignTask plan(const Assign& a) { return task_of(a, has_clusters(assign_pairs<float, Slots::InOrder, Memory::Shared>)); }
+// Calls f with the kernel for the task.
+template <class F>
+auto with_kernel(const AssignTask& task, const F& f) {
+  const auto with_memory = [&](auto scalar, auto slots) {
+    using T = decltype(scalar);
+    constexpr Slots S = decltype(slots)::value;
+    switch (task.memory) {
+      case Memory::Shared: return f(assign_pairs<T, S, Memory::Shared>);
+      case Memory::SharedInts: return f(assign_pairs<T, S, Memory::SharedInts>);
+      case Memory::Workspace: break;
+    }
+    return f(assign_pairs<T, S, Memory::Workspace>);
+  };
+  const auto with_slots = [&](auto scalar) {
+    if (task.assign.dropless()) return with_memory(scalar, std::integral_constant<Slots, Slots::Dropless>());
+    if (task.assign.keys != nullptr) return with_memory(scalar, std::integral_constant<Slots, Slots::ByKeys>());
+    return with_memory(scalar, std::integral_constant<Slots, Slots::InOrder>());
+  };
+  return task.assign.is_double ? with_slots(double()) : with_slots(float());
+}
+
+// Returns the task, with clusters where the device can run them.
+AssignTask plan(const Assign& a) {
+  const AssignTask task = task_of(a, has_clusters());
+  if (!task.clustered || task.tiles == 1) return task;
+  const bool has_room = with_kernel(task, [&](auto kernel) {
+    return has_room_for_cluster(kernel, task.tiles, task.warps * kWarp, task.shared_bytes());
+  });
+  return has_room ? task : task_of(a, false);
+}
 
 }  // namespace
 
@@ -224,29 +253,13 @@ cudaError_t run(const Assign& a, cudaStream_t stream) {
   const int64_t blocks = a.groups * task.tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const auto launch = [&](auto kernel) {
+  return with_kernel(task, [&](auto kernel) {
     const unsigned grid = unsigned(blocks), block = task.warps * kWarp;
     const size_t shared = task.shared_bytes();
     return task.tiles == 1  ? SIMT_LAUNCH_DEPENDENT(kernel, grid, block, shared, stream, task)
            : task.clustered ? SIMT_LAUNCH_CLUSTERS(kernel, grid, task.tiles, block, shared, stream, task)
                             : SIMT_LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, task);
-  };
-  const auto with_memory = [&](auto scalar, auto slots) {
-    using T = decltype(scalar);
-    constexpr Slots S = decltype(slots)::value;
-    switch (task.memory) {
-      case Memory::Shared: return launch(assign_pairs<T, S, Memory::Shared>);
-      case Memory::SharedInts: return launch(assign_pairs<T, S, Memory::SharedInts>);
-      case Memory::Workspace: return launch(assign_pairs<T, S, Memory::Workspace>);
-    }
-    return cudaErrorInvalidValue;
-  };
-  const auto with_slots = [&](auto scalar) {
-    if (a.dropless()) return with_memory(scalar, std::integral_constant<Slots, Slots::Dropless>());
-    if (a.keys != nullptr) return with_memory(scalar, std::integral_constant<Slots, Slots::ByKeys>());
-    return with_memory(scalar, std::integral_constant<Slots, Slots::InOrder>());
-  };
-  return a.is_double ? with_slots(double()) : with_slots(float());
+  });
 }
 
 cudaError_t run(const AssignBackward& a, cudaStream_t stream) {

@@ -13,7 +13,7 @@
 // Launches a kernel that may start while the one before it in the stream still runs: every thread must call `wait_for_stream`.
 #define SIMT_LAUNCH_DEPENDENT(kernel, grid, block, smem, stream, args) \
   ::topn_gating::cuda::launch_dependent(kernel, grid, 0, block, smem, stream, args)
-// Does so in clusters of so many neighbouring blocks, at most 8, which can call `sync_cluster`. See `has_clusters`.
+// Does so in clusters of so many neighbouring blocks, at most 8, which can call `sync_cluster`. See `has_room_for_cluster`.
 #define SIMT_LAUNCH_CLUSTERS(kernel, grid, cluster, block, smem, stream, args) \
   ::topn_gating::cuda::launch_dependent(kernel, grid, cluster, block, smem, stream, args)
 // Launches a kernel whose blocks are all resident, so that they can call `sync_grid`. It starts when the stream is done.
@@ -96,18 +96,14 @@ inline bool starts_early(const void* kernel) {
 #endif
 }
 
-template <class Args>
-cudaError_t launch_dependent(void (*kernel)(Args), unsigned grid, unsigned cluster, unsigned block, size_t smem,
-                             cudaStream_t stream, Args args) {
-  const cudaError_t refused = allow_shared(kernel, smem);
-  if (refused != cudaSuccess) return refused;
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  cudaLaunchAttribute attributes[2]{};
+// Returns a launch's configuration, without a stream. Its attributes, of which there is the cluster's size at most, are in
+// `attributes`.
+inline cudaLaunchConfig_t configuration(unsigned grid, unsigned cluster, unsigned block, size_t smem,
+                                        cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = smem;
-  config.stream = stream;
   config.attrs = attributes;
   if (cluster > 0) {
     cudaLaunchAttribute& size = attributes[config.numAttrs++];
@@ -115,6 +111,18 @@ cudaError_t launch_dependent(void (*kernel)(Args), unsigned grid, unsigned clust
     size.val.clusterDim.x = cluster;
     size.val.clusterDim.y = size.val.clusterDim.z = 1;
   }
+  return config;
+}
+
+template <class Args>
+cudaError_t launch_dependent(void (*kernel)(Args), unsigned grid, unsigned cluster, unsigned block, size_t smem,
+                             cudaStream_t stream, Args args) {
+  const cudaError_t refused = allow_shared(kernel, smem);
+  if (refused != cudaSuccess) return refused;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config = configuration(grid, cluster, block, smem, attributes);
+  config.stream = stream;
   if (starts_early(function)) {
     cudaLaunchAttribute& early = attributes[config.numAttrs++];
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -133,22 +141,32 @@ cudaError_t launch_cooperative(void (*kernel)(Args), unsigned grid, unsigned blo
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(block), parameters, smem, stream);
 }
 
+// Returns whether a kernel's code is for devices with clusters, and the current device has room for one of so many blocks: the
+// part of a device that MIG or MPS leaves to the process may not have it.
+template <class Args>
+bool has_room_for_cluster(void (*kernel)(Args), unsigned cluster, unsigned block, size_t smem) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  return asked_once({function, cluster, block, smem}, [&] {
+    if (!is_for_sm90(function) || !answered(allow_shared(kernel, smem))) return false;
+    cudaLaunchAttribute size{};
+    const cudaLaunchConfig_t config = configuration(cluster, cluster, block, smem, &size);
+    int clusters = 0;
+    return answered(cudaOccupancyMaxActiveClusters(&clusters, function, &config)) && clusters > 0;
+  });
+}
 #else
+template <class Args>
+bool has_room_for_cluster(void (* /*kernel*/)(Args), unsigned /*cluster*/, unsigned /*block*/, size_t /*smem*/) {
+  return simt_has_room_for_cluster();
+}
+
 template <class Args>
 int resident_blocks(void (* /*kernel*/)(Args), unsigned /*block*/, size_t /*smem*/) {
   return 1;
 }
 #endif
 
-// Returns whether the device has clusters and the kernel's code is for such a device.
-template <class Args>
-bool has_clusters([[maybe_unused]] void (*kernel)(Args)) {
-  if (device_attribute(cudaDevAttrClusterLaunch) == 0) return false;
-#ifdef TOPN_SIMT_HOST
-  return true;
-#else
-  return is_for_sm90(reinterpret_cast<const void*>(kernel));
-#endif
-}
+// Returns whether the current device has clusters. Whether a launch can use them is for `has_room_for_cluster` to say.
+inline bool has_clusters() { return device_attribute(cudaDevAttrClusterLaunch) != 0; }
 
 }  // namespace topn_gating::cuda

@@ -230,9 +230,18 @@ void test_refused() {
   CHECK(launch_clusters(18, 9) == cudaErrorInvalidConfiguration, "9 blocks in a cluster");
   CHECK(launch_clusters(9, 2) == cudaErrorInvalidConfiguration, "a part of a cluster");
   CHECK(launch_clusters(16, 8) == cudaSuccess, "8 blocks in a cluster");
-  simt_set_clusters(0);
+  const auto has_clusters = [] {
+    int has = -1;
+    return cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, 0) == cudaSuccess && has == 1;
+  };
+  CHECK(has_clusters() && simt_has_room_for_cluster(), "clusters initially");
+  simt_set_clusters(SIMT_NO_CLUSTERS);
   CHECK(launch_clusters(16, 8) == cudaErrorInvalidConfiguration, "clusters on a device without");
-  simt_set_clusters(1);
+  CHECK(!has_clusters() && !simt_has_room_for_cluster(), "a device without clusters");
+  simt_set_clusters(SIMT_NO_ROOM_FOR_CLUSTERS);
+  CHECK(launch_clusters(16, 8) == cudaErrorInvalidConfiguration, "clusters without room for them");
+  CHECK(has_clusters() && !simt_has_room_for_cluster(), "a device without room for clusters");
+  simt_set_clusters(SIMT_CLUSTERS);
 }
 
 // Tests launches from several OS threads at once, which run one after another.

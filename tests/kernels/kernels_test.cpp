@@ -40,12 +40,12 @@ struct Schedule {
   // Byte with which outputs and workspace are filled. An element that is not written is NaN or -1 in the first schedule, and
   // differs between the schedules.
   int fill;
-  bool clusters;  // whether the device has them
+  int clusters;  // whether the device has them: SimtClusters
 };
-constexpr Schedule kSchedules[] = {{"fifo", SIMT_FIFO, 0, 0xff, false},
-                                   {"lifo", SIMT_LIFO, 0, 0x55, true},
-                                   {"random 1", SIMT_RANDOM, 1, 0xff, false},
-                                   {"random 2", SIMT_RANDOM, 2, 0x2a, true}};
+constexpr Schedule kSchedules[] = {{"fifo", SIMT_FIFO, 0, 0xff, SIMT_NO_CLUSTERS},
+                                   {"lifo", SIMT_LIFO, 0, 0x55, SIMT_CLUSTERS},
+                                   {"random 1", SIMT_RANDOM, 1, 0xff, SIMT_NO_ROOM_FOR_CLUSTERS},
+                                   {"random 2", SIMT_RANDOM, 2, 0x2a, SIMT_CLUSTERS}};
 
 std::string name_of(const Case& c) {
   std::string text = harness::name_of(c.dtype);
