@@ -1,7 +1,8 @@
 """The kernels that are counted: one row each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import log2
 
 DTYPES = {"bfloat16": ("__nv_bfloat16", 2), "float32": ("float", 4)}
 
@@ -77,6 +78,45 @@ def gate_backward(dtype: str, e: int, k: int) -> Row:
         threads=threads,
         shared=threads // width * (width * count + 4) * 4,
         depth=2,
+    )
+
+
+def gate_deepseek(dtype: str) -> Row:
+    """Returns the row of DeepSeek-V3's router: sigmoids and a bias, the best 4 of 8 groups, 8 of 256 experts."""
+    element, size = DTYPES[dtype]
+    e, k, groups = 256, 8, 8
+    width, count, threads = row_layout(e)
+    of_group = e // groups * size // 16  # threads that share a group
+    return Row(
+        name=f"gate, DeepSeek-V3, {dtype}",
+        unit="csrc/cuda/gate.cu",
+        kernel=rf"^gate_rows<{element}, WarpLayout<float, {width}, {count}, \d>, \(Kind\)2>",
+        tokens=32 / width,
+        moved=e * size + k * 8,
+        trips={
+            r"^close_groups: for \(int by": log2(of_group),
+            r"^close_groups: (for \(int q|const int32_t other = Row|if \(c \*)|: better\[d\] \+=": width / of_group,
+            r"^choose_exactly: for \(int k": k,
+        },
+        # The second path: about one token in 190, where logits are normal with variance 1.
+        rare=RARE
+        | {r"^flush:": 1 / 8, r"^take_logarithms:": 1 / width, r"^choose_exactly:": 1 / 100}
+        | {r"^choose_by_gates: .*(exponentials|reciprocal\(exp|s\[i\] \*= scale)": 0.0}  # a softmax's gates
+        | {r"^read_given:|^choose: .*a_\.given|^run: .*count_valid": 0.0},  # experts that are given
+        threads=threads,
+        shared=(threads * count + threads // 32) * 8 + (e + 1) * 4 + 4 * count * threads + 4 * count * width,
+        depth=2,
+    )
+
+
+def gate_backward_sigmoid(dtype: str, e: int, k: int) -> Row:
+    """Returns the row of the gradient of any sigmoid gate: it does not ask how the experts were chosen."""
+    row = gate_backward(dtype, e, k)
+    return replace(
+        row,
+        name=f"gate_backward, sigmoid, e={e}, k={k}, {dtype}",
+        kernel=row.kernel.replace("0>", "2>"),
+        rare={**row.rare, r"^clear_padding:": 0.0},  # with a mask
     )
 
 
@@ -179,7 +219,9 @@ def combine_backward(dtype: str, d: int, k: int) -> Row:
 
 ROWS = [
     *(gate(dtype, e, 8) for dtype in DTYPES for e in (64, 128, 256)),
+    *(gate_deepseek(dtype) for dtype in DTYPES),
     *(gate_backward(dtype, e, 8) for dtype in DTYPES for e in (64, 256)),
+    *(gate_backward_sigmoid(dtype, 256, 8) for dtype in DTYPES),
     assign(64, 8),
     *(dense(dtype, 64, 8, 8192) for dtype in DTYPES),
     *(dispatch("bfloat16", d) for d in (512, 4096)),

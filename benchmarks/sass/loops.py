@@ -57,14 +57,18 @@ def tails(graph: nx.DiGraph, loop: Loop) -> list[int]:
 def step(graph: nx.DiGraph, blocks: Sequence[Block], loop: Loop) -> int:
     """Returns how often a loop over consecutive numbers was unrolled: what an iteration adds to its counter.
 
-    The counter is a register that the loop increases by a constant and that is compared before the jump back.
+    The counter is a register that the loop increases by a constant and that is compared before the jump back, or decreases and
+    compares with zero, maybe earlier.
     """
+    ends = [blocks[tail].instructions for tail in tails(graph, loop)]
+    jumps = {end[-1].predicate.lstrip("@!") for end in ends}
     compared = {
         register
-        for tail in tails(graph, loop)
-        for instruction in blocks[tail].instructions
-        if instruction.name in ("ISETP", "UISETP")
-        for register in REGISTER.findall(instruction.operands)
+        for instructions in [*ends, *(blocks[block].instructions for block in loop.blocks)]
+        for i in instructions
+        if i.name in ("ISETP", "UISETP")
+        and (instructions in ends or (i.operands.partition(",")[0] in jumps and i.has("NE") and " RZ," in i.operands))
+        for register in REGISTER.findall(i.operands)
     }
     steps = [1]
     for block in loop.blocks:

@@ -180,6 +180,21 @@ def test_how_often_a_loop_was_unrolled(code, added, times):
     assert step(graph, blocks, natural_loops(graph)[0]) == times
 
 
+@pytest.mark.parametrize(
+    ("compared", "times"),
+    [
+        ("ISETP.NE.AND P0, PT, R2, RZ, PT", 4),
+        ("ISETP.NE.AND P1, PT, R2, RZ, PT", 1),  # not for the jump back
+        ("ISETP.GE.AND P0, PT, R2, RZ, PT", 1),
+        ("ISETP.NE.AND P0, PT, R2, R3, PT", 1),
+    ],
+)
+def test_a_counter_may_be_compared_before_the_last_block(code, compared, times):
+    blocks = code(f"L0:\nVIADD R2, R2, 0xfffffffc\n{compared}\n@P2 BRA L1\nMOV R4, R5\nL1:\n@P0 BRA L0\nEXIT")
+    graph = flow_graph(blocks)
+    assert step(graph, blocks, natural_loops(graph)[0]) == times
+
+
 SOURCE = """\
 for each token
 if (rare) flush
