@@ -66,7 +66,8 @@ def draw(cells: Sequence[dict], order: Sequence[str], path: Path, caption: str) 
         shapes = [Line2D([], [], color="#333333", marker=marker[m], linestyle="", markersize=5, label=m) for m in models]
         shapes.append(Line2D([], [], color="#333333", marker="o", fillstyle="none", linestyle="", label="Zipf load (hollow)"))
         legend = {"handles": shapes, "loc": "outside upper center", "ncols": len(shapes), "frameon": False, "fontsize": 10}
-        title = "A whole MoE layer's time over that of its matrix products by torch"  # of the legend: a figure's title would lie on it
+        # Of the legend: a figure's title would lie on it.
+        title = "A whole MoE layer's time over that of its matrix products by torch"
         figure.legend(title=title, title_fontproperties={"size": 15, "weight": "bold"}, **legend)
         figure.supxlabel(
             f"bar: geometric mean over the layers; grey: it leaves pairs of token and expert out\n{caption}",
