@@ -91,7 +91,8 @@ def test_values(backend, experts, top_n, dtype):
 @variants
 @sizes
 def test_values_of_each_variant(backend, experts, top_n, options):
-    check(gate_case((2, 11, experts), top_n, **options), backend)
+    tokens = 5 if experts > 512 else 11  # the emulator takes milliseconds for a token with so many
+    check(gate_case((2, tokens, experts), top_n, **options), backend)
 
 
 @variants
