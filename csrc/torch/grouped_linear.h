@@ -157,6 +157,7 @@ Tensor grouped_linear(const Tensor& rows_in, const Tensor& weight, const std::op
   return out;
 }
 
+// Runs the kernel of the weights' gradient, for all groups. It has the layout of the weights.
 template <class Backend>
 void run_weight_gradient(const Backend& backend, const GroupedArguments& a, const Tensor& grad, const Tensor& rows,
                          const Tensor& grad_weight) {

@@ -51,7 +51,7 @@ inline bool has_product_layout(int64_t rows, int64_t columns, int64_t row_stride
   return (column_stride == 1 && row_stride >= columns) || (row_stride == 1 && column_stride >= rows);
 }
 
-// Returns whether torch's products of this type are at most as slow as the kernels'. Of half types on a processor without
+// Returns whether torch's products of this type are as fast as the kernels here. Of half types on a processor without
 // instructions for them, torch computes products number by number, up to a hundred times slower than float32's.
 inline bool has_fast_products(ScalarType type) {
   const auto supported = [](const char* name) {

@@ -46,7 +46,7 @@ def patch_routers(model: nn.Module) -> PatchedRouters:
         named = re.search(r"(Router|Gate|Gating)$", kind) and not (ours and NO_ROUTERS.search(kind))
         forward = _forward if kind in ROUTERS else FORWARDS.get(kind)
         method = METHODS.get(kind, "forward")
-        present = vars(module).get(method)  # by accelerate, for example, of whose hooks none may be lost
+        present = vars(module).get(method)  # what something else has set, such as accelerate, whose hooks must stay
         free = present is None or getattr(present, "func", None) is forward
         if ours and forward is not None and free:
             setattr(module, method, functools.partial(forward, module))
